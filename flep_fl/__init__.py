@@ -1,0 +1,1 @@
+"""FLEP: federated learning whose images and whose models both stay private."""

@@ -1,0 +1,442 @@
+"""Configuration: dataclass schemas for hydra, and the checks across their fields.
+
+Nothing heavy is imported here: a wrong value is answered before torch, flwr or tenseal load.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from flep_fl.contracts.errors import ConfigError, ConfigMismatchError
+from flep_fl.model_security.profiles import check_federation, get_profile
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
+"""Where the YAML groups live."""
+
+SHARED_SECTIONS = ("seed", "cloud", "ckks", "model", "train", "federation", "denoiser", "restore")
+"""Sections that every party of a federation must hold alike; they travel in the startup kit."""
+
+
+@dataclass
+class CloudConfig:
+    """Who may see the model: ``untrusted``, ``trusted`` or ``open``."""
+
+    trust: str = "untrusted"
+
+
+@dataclass
+class CipherConfig:
+    """The image cipher; ``layers`` drops or keeps single layers (null: those of the preset)."""
+
+    name: str = "flep"
+    layers: list[str] | None = None
+    block_side: int = 2
+    wavelet: str = "haar"
+    alpha: float = 0.5
+    bits: int = 8
+
+
+@dataclass
+class NoiseConfig:
+    """Additive noise; mean and standard deviation in image units of the 8-bit scale."""
+
+    family: str = "gaussian"
+    mean: float = 0.0
+    std: float = 25.0
+    recovery: str = "denoise"
+
+
+@dataclass
+class DenoiserConfig:
+    """The analyst's denoiser."""
+
+    name: str = "dncnn9"
+
+
+@dataclass
+class RestoreConfig:
+    """``restore_first`` (descramble, then denoise) or the paper's ``denoise_first``."""
+
+    order: str = "restore_first"
+
+
+@dataclass
+class CkksConfig:
+    """Homomorphic encryption of model updates."""
+
+    profile: str = "default"
+    bound: float = 64.0
+    max_examples: int = 16384
+
+
+@dataclass
+class DataConfig:
+    """The owner's images. ``image_size`` null keeps the native size; ``limit`` null takes all."""
+
+    name: str = "elpv"
+    path: str | None = None
+    image_size: int | None = None
+    limit: int | None = None
+    test_fraction: float = 0.2
+
+
+@dataclass
+class PartitionConfig:
+    """How the training images are divided among the sites."""
+
+    name: str = "dirichlet"
+    alpha: float = 1.0
+
+
+@dataclass
+class ModelConfig:
+    """The classifier; ``input_size`` null takes the restored images as they are."""
+
+    name: str = "cnn"
+    input_size: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Local training."""
+
+    optimizer: str = "adam"
+    lr: float = 1e-3
+    batch_size: int = 32
+    local_epochs: int = 2
+    augment: bool = True
+
+
+@dataclass
+class FederationConfig:
+    """Rounds and who must take part. ``quorum`` null means ``min_contributors``."""
+
+    sites: int = 3
+    rounds: int = 3
+    fraction: float = 1.0
+    quorum: int | None = None
+    min_contributors: int = 3
+    round_timeout: float = 600.0
+
+
+@dataclass
+class RuntimeConfig:
+    """Processes and hardware. ``idle_timeout`` 0 waits for ever; ``threads`` null lets torch choose."""
+
+    name: str = "process"
+    address: str = "127.0.0.1:9092"
+    wait: bool = False
+    idle_timeout: float = 0.0
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class Config:
+    """Everything a script may be told."""
+
+    seed: int = 0
+    cloud: CloudConfig = field(default_factory=CloudConfig)
+    cipher: CipherConfig = field(default_factory=CipherConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    ckks: CkksConfig = field(default_factory=CkksConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    allow_targets: list[str] = field(default_factory=list)
+    sites: list[str] = field(default_factory=list)
+    kits: str = "kits"
+    kit: str = ""
+    archive: str = ""
+    out: str = ""
+
+
+def register() -> None:
+    """Make the schema known to hydra under the name ``flep_schema``."""
+    ConfigStore.instance().store(name="flep_schema", node=Config)
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """Turn hydra's config into a :class:`Config` and check it.
+
+    Raises
+    ------
+    ConfigError
+        Naming the field, what it holds, and the remedy.
+    """
+    config = OmegaConf.to_object(cfg)
+    if not isinstance(config, Config):  # pragma: no cover - to_object returns the dataclass
+        raise ConfigError("The configuration does not follow the schema")
+    check(config)
+    return config
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str], allow_targets: Sequence[str] = ()) -> None:
+    if value in allowed or any(value.startswith(prefix) for prefix in allow_targets):
+        return
+    close = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"Did you mean {name}={close[0]}" if close else f"Set {name} to one of them"
+    raise ConfigError(
+        f"{name}={value} is not known", expected="one of " + ", ".join(allowed), found=value, remedy=hint
+    )
+
+
+def _require(holds: bool, problem: str, remedy: str) -> None:
+    if not holds:
+        raise ConfigError(problem, remedy=remedy)
+
+
+def check(config: Config) -> None:
+    """Check every field and every pair of fields that must fit together.
+
+    Raises
+    ------
+    ConfigError
+        The first violation, by field name.
+    ProfileError
+        When the CKKS profile cannot hold this federation.
+    """
+    targets = config.allow_targets
+    _one_of("cloud", config.cloud.trust, ("untrusted", "trusted", "open"))
+    _one_of("cipher.name", config.cipher.name, ("flep", "paper", "aead", "none"), targets)
+    for layer in config.cipher.layers or ():
+        _one_of("cipher.layers", layer, ("scramble", "encode", "noise", "mask", "envelope"))
+    _one_of("noise.family", config.noise.family, ("gaussian",), targets)
+    _one_of("noise.recovery", config.noise.recovery, ("denoise", "keyed"))
+    _one_of("restore.order", config.restore.order, ("restore_first", "denoise_first"))
+    _one_of("denoiser", config.denoiser.name, ("dncnn9", "none"), targets)
+    _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
+    _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)
+    _one_of("model", config.model.name, ("cnn",), targets)
+    _one_of("train.optimizer", config.train.optimizer, ("sgd", "adam", "adamw"))
+    _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
+    _one_of("runtime.name", config.runtime.name, ("process", "local"))
+    _check_images(config)
+    _check_training(config)
+    _check_federation(config)
+
+
+def _check_images(config: Config) -> None:
+    noise, cipher, data = config.noise, config.cipher, config.data
+    _require(
+        math.isfinite(noise.std) and noise.std >= 0,
+        f"noise.std={noise.std} is not a standard deviation",
+        "Set noise.std to 0 (no noise) or above; 25 is the default",
+    )
+    _require(
+        math.isfinite(noise.mean), f"noise.mean={noise.mean} is not finite", "Set noise.mean to a number"
+    )
+    _require(
+        0 < cipher.alpha <= 1,
+        f"cipher.alpha={cipher.alpha} is outside (0, 1]",
+        "Set cipher.alpha above 0 and at most 1 (1: the secret image plays no part)",
+    )
+    _require(
+        cipher.block_side >= 1,
+        f"cipher.block_side={cipher.block_side} is not a block size",
+        "Set cipher.block_side to 1 or more; 2 is the default",
+    )
+    _require(cipher.bits in (8, 16), f"cipher.bits={cipher.bits} is not supported", "Set cipher.bits to 8 or 16")
+    for name, size in (("data.image_size", data.image_size), ("model.input_size", config.model.input_size)):
+        _require(
+            size is None or size >= 1, f"{name}={size} is not a size", f"Set {name} to pixels or to null (native)"
+        )
+    _require(
+        data.limit is None or data.limit >= 1,
+        f"data.limit={data.limit} leaves no image",
+        "Set data.limit to a number of images or to null (all)",
+    )
+    _require(
+        0 < data.test_fraction < 1,
+        f"data.test_fraction={data.test_fraction} leaves no training or no test images",
+        "Set data.test_fraction between 0 and 1; 0.2 is the default",
+    )
+    _require(
+        data.name != "folder" or bool(data.path),
+        "data=folder needs data.path",
+        "Add data.path=FOLDER, a folder with one sub-folder per class",
+    )
+    _require(
+        config.partition.alpha > 0,
+        f"partition.alpha={config.partition.alpha} is not positive",
+        "Set partition.alpha above 0; small values give unequal sites",
+    )
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    _require(
+        math.isfinite(train.lr) and train.lr > 0,
+        f"train.lr={train.lr} is not a learning rate",
+        "Set train.lr above 0; 0.001 is the default",
+    )
+    for name, value in (("batch_size", train.batch_size), ("local_epochs", train.local_epochs)):
+        _require(value >= 1, f"train.{name}={value} is not positive", f"Set train.{name} to 1 or more")
+    _require(
+        config.runtime.threads is None or config.runtime.threads >= 1,
+        f"runtime.threads={config.runtime.threads} is not positive",
+        "Set runtime.threads to 1 or more, or to null",
+    )
+    _require(
+        config.runtime.idle_timeout >= 0,
+        f"runtime.idle_timeout={config.runtime.idle_timeout} is negative",
+        "Set runtime.idle_timeout to seconds, or to 0 to wait for ever",
+    )
+    host, _, port = config.runtime.address.rpartition(":")
+    _require(
+        bool(host) and port.isdigit() and 0 < int(port) < 65536,
+        f"runtime.address={config.runtime.address} is not HOST:PORT",
+        "Set runtime.address to something like 127.0.0.1:9092",
+    )
+
+
+def _check_federation(config: Config) -> None:
+    federation = config.federation
+    _require(
+        federation.rounds >= 1,
+        f"federation.rounds={federation.rounds} runs nothing",
+        "Set federation.rounds to 1 or more",
+    )
+    _require(
+        0 < federation.fraction <= 1,
+        f"federation.fraction={federation.fraction} is outside (0, 1]",
+        "Set federation.fraction above 0 and at most 1",
+    )
+    _require(
+        federation.round_timeout > 0,
+        f"federation.round_timeout={federation.round_timeout} is not positive",
+        "Set federation.round_timeout to seconds",
+    )
+    _require(
+        federation.min_contributors >= 2,
+        f"federation.min_contributors={federation.min_contributors} would let a sum be one site's update",
+        "Set federation.min_contributors to 3 (or to 2, where the sum minus one's own update is the other's)",
+    )
+    _require(
+        federation.sites >= federation.min_contributors,
+        f"federation.sites={federation.sites} is below federation.min_contributors={federation.min_contributors}",
+        "Add sites, or set federation.min_contributors=2 and accept that two sites see each other's updates",
+    )
+    quorum = effective_quorum(config)
+    _require(
+        config.cloud.trust == "open" or quorum >= federation.min_contributors,
+        f"federation.quorum={quorum} is below federation.min_contributors={federation.min_contributors}: "
+        "the analysts would refuse every such sum",
+        "Raise federation.quorum or set it to null",
+    )
+    taking_part = participants(config)
+    _require(
+        1 <= quorum <= taking_part,
+        f"federation.quorum={quorum} cannot be reached: {taking_part} of {federation.sites} sites take part in "
+        "a round",
+        "Lower federation.quorum or raise federation.fraction",
+    )
+    check_federation(
+        get_profile(config.ckks.profile),
+        sites=federation.sites,
+        bound=config.ckks.bound,
+        max_examples=config.ckks.max_examples,
+    )
+
+
+def effective_quorum(config: Config) -> int:
+    """Return ``federation.quorum``, or ``federation.min_contributors`` where it is not set."""
+    quorum = config.federation.quorum
+    return config.federation.min_contributors if quorum is None else quorum
+
+
+def participants(config: Config) -> int:
+    """Return how many sites are asked in a round: ``ceil(fraction * sites)``."""
+    return math.ceil(config.federation.fraction * config.federation.sites - 1e-9)
+
+
+def shared_part(config: Config) -> dict[str, Any]:
+    """Return the sections that all parties must hold alike, as plain JSON-ready values."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    if not isinstance(plain, dict):  # pragma: no cover - a dataclass becomes a dict
+        raise ConfigError("The configuration does not follow the schema")
+    return {section: plain[section] for section in SHARED_SECTIONS}
+
+
+def shared_digest(shared: Mapping[str, Any]) -> str:
+    """Return the SHA-256 (hex) of the shared sections in canonical JSON."""
+    return hashlib.sha256(canonical_json(shared)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise JSON with sorted keys, no spaces and ASCII only."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Name every leaf in which two nested mappings differ, as ``(field, ours, theirs)``."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        found: list[tuple[str, Any, Any]] = []
+        for key in sorted({*ours, *theirs}):
+            name = f"{prefix}.{key}" if prefix else str(key)
+            found += differences(ours.get(key), theirs.get(key), name)
+        return found
+    return [] if ours == theirs else [(prefix, ours, theirs)]
+
+
+def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, we: str, they: str) -> None:
+    """Refuse two differing shared configurations by field name.
+
+    Raises
+    ------
+    ConfigMismatchError
+        Listing each differing field with both values.
+    """
+    found = differences(ours, theirs)
+    if found:
+        listed = "; ".join(f"{name} is {mine!r} in {we} and {other!r} in {they}" for name, mine, other in found)
+        raise ConfigMismatchError(
+            f"{we} and {they} disagree: {listed}",
+            remedy="What all parties share is fixed by `python -m scripts.provision`; make new kits to change it",
+        )
+
+
+def adopt_kit(cfg: DictConfig, shared: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """Replace the shared sections by the kit's, after refusing overrides that contradict it.
+
+    Parameters
+    ----------
+    cfg
+        What hydra composed.
+    shared
+        The kit's shared sections.
+    overrides
+        The command line's overrides (``HydraConfig.get().overrides.task``).
+
+    Raises
+    ------
+    ConfigMismatchError
+        When an override names a shared field with another value than the kit's.
+    """
+    kit_view = OmegaConf.create(dict(shared))
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+        if key.partition(".")[0] not in SHARED_SECTIONS:
+            continue
+        ours, theirs = OmegaConf.select(cfg, key), OmegaConf.select(kit_view, key)
+        plain = [OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (ours, theirs)]
+        require_same({key: plain[0]}, {key: plain[1]}, we="the command line", they="the kit")
+    merged = OmegaConf.merge(cfg, kit_view)
+    if not isinstance(merged, DictConfig):  # pragma: no cover - merging mappings gives a mapping
+        raise ConfigError("The kit's configuration is not a mapping")
+    return merged

@@ -1,0 +1,1 @@
+"""Records, ports and errors that every room shares; imports the standard library and numpy only."""

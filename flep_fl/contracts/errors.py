@@ -1,0 +1,287 @@
+"""Named errors: what was expected, what was found, what to do.
+
+Every class carries a short ``code``. Codes, never messages, may travel to an untrusted cloud
+(:data:`PUBLIC_CODES` is the allow-list); the message stays in the log of the party it concerns.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FlepError(Exception):
+    """Base of every error that this project raises on purpose.
+
+    Parameters
+    ----------
+    problem
+        What is wrong, in one sentence, naming the field, file or party.
+    expected, found
+        The expected and the actual value, where that helps.
+    remedy
+        What the reader can do about it.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(
+        self, problem: str, *, expected: object = None, found: object = None, remedy: str | None = None
+    ) -> None:
+        parts = [problem.rstrip(".") + "."]
+        if expected is not None:
+            parts.append(f"Expected {expected}.")
+        if found is not None:
+            parts.append(f"Found {found}.")
+        if remedy is not None:
+            parts.append(remedy.rstrip(".") + ".")
+        super().__init__(" ".join(parts))
+        self.problem = problem
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+
+
+# --- configuration -----------------------------------------------------------------------------
+
+
+class ConfigError(FlepError):
+    """A configuration value is unknown, out of range, or does not fit another one."""
+
+    code = "config"
+
+
+class ConfigMismatchError(ConfigError):
+    """Two parties (or a kit and the command line) disagree on a shared setting."""
+
+    code = "config_mismatch"
+
+
+class MissingExtraError(FlepError):
+    """An optional dependency is not installed."""
+
+    code = "missing_extra"
+
+
+class KitError(FlepError):
+    """A startup kit is missing, incomplete, damaged, or belongs to another role."""
+
+    code = "kit"
+
+
+# --- images, records, archives -------------------------------------------------------------------
+
+
+class DataError(FlepError):
+    """Images or labels cannot be used."""
+
+    code = "data"
+
+
+class EmptyDatasetError(DataError):
+    """A folder or a data set holds no usable image."""
+
+    code = "empty_dataset"
+
+
+class ImageFormatError(DataError):
+    """An array is not an image of a supported shape and dtype, or a file does not decode."""
+
+    code = "image_format"
+
+
+class CipherParameterError(FlepError):
+    """A parameter of the image cipher is outside its valid set."""
+
+    code = "cipher_parameter"
+
+
+class ImageKeyError(FlepError):
+    """A bundle of image keys is damaged, or not in the format of this release."""
+
+    code = "image_key"
+
+
+class EnvelopeError(FlepError):
+    """A sealed image or record is truncated, altered, or not one of ours."""
+
+    code = "envelope"
+
+
+class WrongImageKeyError(EnvelopeError):
+    """A sealed image belongs to another key bundle or epoch."""
+
+    code = "wrong_image_key"
+
+
+class EnvelopeVersionError(EnvelopeError):
+    """A sealed image has a format version that this release does not read."""
+
+    code = "envelope_version"
+
+
+class RecordError(DataError):
+    """One record of a database or an archive is corrupt."""
+
+    code = "corrupt_record"
+
+
+class ArchiveError(DataError):
+    """An archive is missing, incomplete, or does not match its manifest."""
+
+    code = "archive"
+
+
+class DatabaseError(DataError):
+    """The private database cannot be opened or does not belong to this owner key."""
+
+    code = "database"
+
+
+class TrainingError(FlepError):
+    """Local training failed: its loss stopped being finite."""
+
+    code = "training"
+
+
+class DenoiserError(FlepError):
+    """The denoiser's weights are missing, damaged, or not meant for this noise."""
+
+    code = "denoiser"
+
+
+# --- model security ------------------------------------------------------------------------------
+
+
+class LayoutError(FlepError):
+    """A model does not have the parameters that the federation agreed on."""
+
+    code = "layout"
+
+
+class ProfileError(ConfigError):
+    """A CKKS profile cannot hold this federation (security, headroom or precision)."""
+
+    code = "profile"
+
+
+class WeightRangeError(FlepError):
+    """A weight is not finite or lies outside ``ckks.bound``."""
+
+    code = "weight_range"
+
+
+class ModelKeyError(FlepError):
+    """A model key is damaged, or an update was made under another one."""
+
+    code = "model_key"
+
+
+class CiphertextError(FlepError):
+    """A ciphertext does not have the exact structure that the profile prescribes."""
+
+    code = "ciphertext"
+
+
+class UpdateError(FlepError):
+    """A sealed update or sum was refused before its payload was touched."""
+
+    code = "update"
+
+
+class MalformedUpdateError(UpdateError):
+    """An envelope is truncated, too large, or not in the format of this release."""
+
+    code = "malformed"
+
+
+class SignatureError(UpdateError):
+    """An envelope was altered, or signed by somebody who is not in the kit."""
+
+    code = "signature"
+
+
+class ForeignUpdateError(UpdateError):
+    """An envelope belongs to another federation, key, model layout or profile."""
+
+    code = "foreign"
+
+
+class StaleUpdateError(UpdateError):
+    """An envelope belongs to another run, round or attempt, or was seen before (replay)."""
+
+    code = "stale"
+
+
+class SumCheckError(UpdateError):
+    """The sum is not the sum of the signed updates: the cloud (or a key holder) cheated."""
+
+    code = "sum_rejected"
+
+
+class TooFewContributorsError(UpdateError):
+    """A sum names fewer contributors than this analyst insists on."""
+
+    code = "too_few_contributors"
+
+
+class HaltedError(FlepError):
+    """This site rejected a sum under its current keys and stops until they are rotated."""
+
+    code = "halted"
+
+
+# --- federation, processes -------------------------------------------------------------------------
+
+
+class QuorumError(FlepError):
+    """A round got fewer valid updates than ``federation.quorum``."""
+
+    code = "quorum"
+
+
+class SiteLostError(FlepError):
+    """A site's process or connection ended in mid-round."""
+
+    code = "site_lost"
+
+
+class RoundTimeoutError(FlepError):
+    """A site did not answer within ``federation.round_timeout``."""
+
+    code = "round_timeout"
+
+
+class RuntimeStartError(FlepError):
+    """A child process did not start or ended unexpectedly."""
+
+    code = "runtime_start"
+
+
+class PortInUseError(RuntimeStartError):
+    """An address is taken by another process."""
+
+    code = "port_in_use"
+
+
+class IdleTimeoutError(FlepError):
+    """Nothing was heard from the cloud for ``runtime.idle_timeout`` seconds."""
+
+    code = "idle_timeout"
+
+
+PUBLIC_CODES: frozenset[str] = frozenset(
+    cls.code
+    for cls in (
+        ConfigMismatchError,
+        LayoutError,
+        WeightRangeError,
+        SumCheckError,
+        TooFewContributorsError,
+        HaltedError,
+        SignatureError,
+        ForeignUpdateError,
+        StaleUpdateError,
+        MalformedUpdateError,
+    )
+)
+"""Reason codes that a site may tell an untrusted cloud; every other failure travels as ``error``."""

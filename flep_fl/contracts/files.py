@@ -1,0 +1,67 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from flep_fl.contracts.errors import FlepError
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a part.
+
+    Parameters
+    ----------
+    path
+        Destination; its folder is made when missing.
+    data
+        The whole content.
+    mode
+        Permission bits of the new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a secret atomically, readable by its owner alone (0600)."""
+    write_atomic(path, data, mode=0o600)
+
+
+def read_bytes(path: Path, *, what: str, error: type[FlepError]) -> bytes:
+    """Read a file, or raise ``error`` that says what the file should have been.
+
+    Parameters
+    ----------
+    path
+        The file.
+    what
+        Its meaning in words, for the message ("the site's signing key").
+    error
+        Error class to raise.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise error(
+            f"{what} cannot be read: {path} ({exc.strerror})",
+            remedy="Check the path and its permissions",
+        ) from exc

@@ -1,0 +1,87 @@
+"""Ports: what one room may ask of another, without knowing who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flep_fl.contracts.records import ArchiveManifest, SealedRecord
+
+Float64Vector = NDArray[np.float64]
+ImageBatch = NDArray[np.uint8]
+"""uint8, shape (N, H, W), values 0..255."""
+
+Denoise = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""(N, H, W) float32 on the 0..255 scale in, the same out."""
+
+Entropy = Callable[[int], bytes]
+"""``entropy(n)`` returns n unpredictable bytes; ``secrets.token_bytes`` in every deployment."""
+
+
+class ImageCipher(Protocol):
+    """Tier 1: encrypts images for release and restores them at the analyst."""
+
+    def encrypt(self, images: ImageBatch) -> list[bytes]:
+        """Encrypt ``(N, H, W)`` uint8 images, one self-describing envelope each."""
+        ...
+
+    def decrypt(self, envelopes: Sequence[bytes]) -> list[NDArray[np.float32]]:
+        """Undo everything but irreversible noise: ``(H, W)`` float32, 0..255 scale, not clipped."""
+        ...
+
+
+class RecordSource(Protocol):
+    """Where an analyst's sealed records come from: a local archive, later a gateway."""
+
+    def manifest(self) -> ArchiveManifest:
+        """Describe the archive; checked for integrity."""
+        ...
+
+    def records(self, split: str) -> Iterator[SealedRecord]:
+        """Yield the sealed records of ``split`` ("train" or "test") in a fixed order."""
+        ...
+
+
+class ModelCipher(Protocol):
+    """Tier 2, analyst side: encrypts flat float64 vectors under the analysts' key."""
+
+    @property
+    def key_id(self) -> str:
+        """Identifier derived from the key itself."""
+        ...
+
+    def encrypt(self, vector: Float64Vector) -> bytes:
+        """Encrypt a vector; fresh randomness every time."""
+        ...
+
+    def decrypt(self, payload: bytes, length: int) -> Float64Vector:
+        """Decrypt a sum (or one update) of ``length`` values."""
+        ...
+
+
+class Adder(Protocol):
+    """Tier 2, cloud side: adds payloads without any key."""
+
+    @property
+    def count(self) -> int:
+        """Number of payloads added so far."""
+        ...
+
+    def add(self, payload: bytes) -> None:
+        """Check the payload's structure, then add it; a refused payload leaves the sum untouched."""
+        ...
+
+    def result(self) -> bytes:
+        """Return the serialised sum."""
+        ...
+
+
+class SumOpener(Protocol):
+    """What a trusted cloud is wired to and an untrusted one is not: opens the *sum* only."""
+
+    def __call__(self, payload: bytes) -> Mapping[str, NDArray[np.generic]]:
+        """Decrypt a sum and return the averaged model."""
+        ...

@@ -1,0 +1,111 @@
+"""What the cloud and the analysts say to each other, apart from the sealed payloads.
+
+One Flower message carries at most three records: ``flep`` (a signed instruction, or a status),
+``payload`` (one opaque array: a sealed update upwards, a sealed sum downwards) and ``metrics``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flep_fl.contracts.errors import MalformedUpdateError
+
+FLEP_RECORD = "flep"
+PAYLOAD_RECORD = "payload"
+METRICS_RECORD = "metrics"
+PAYLOAD_STYPE = "flep.sealed.v1"
+
+HELLO = "query.hello"
+CLOSE = "query.close"
+"""Flower message types beside ``train``: the handshake, and the last word of a run."""
+
+OK = "ok"
+ERROR = "error"
+
+PUBLIC_METRICS = (
+    "accuracy",
+    "loss",
+    "majority_accuracy",
+    "seconds_train",
+    "seconds_encrypt",
+    "seconds_decrypt",
+)
+"""All that a site tells the cloud in figures: unweighted metrics and times, never example counts."""
+
+Kind = Literal["hello", "round", "close"]
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One signed instruction of the cloud.
+
+    Attributes
+    ----------
+    kind
+        ``hello`` (who are you, do we agree), ``round`` (train), ``close`` (the run is over).
+    federation, run
+        Which federation, and which run of it (32 hex digits each); a run's number is used once.
+    round, rounds
+        The round that this instruction opens (0 for hello; the last one for close), and their number.
+    attempt
+        1, or more where a resumed cloud repeats a round.
+    previous, sum_round
+        Digest and round of the last sum that the cloud accepted; empty and 0 before the first.
+    config
+        Digest of the shared settings.
+    layout
+        Digest of the model's layout; empty in hello.
+    shared
+        The shared settings themselves (hello only), so that a difference can be named.
+    """
+
+    kind: Kind
+    federation: str
+    run: str
+    round: int
+    rounds: int
+    attempt: int
+    previous: str
+    sum_round: int
+    config: str
+    layout: str = ""
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_fields(cls, values: Mapping[str, Any]) -> Instruction:
+        """Type-check the fields of a message whose signature has been verified.
+
+        Raises
+        ------
+        MalformedUpdateError
+            When a field is missing, unknown or of another type.
+        """
+        try:
+            instruction = cls(**values)
+        except TypeError as exc:
+            raise MalformedUpdateError("An instruction of the cloud is not in the format of this release") from exc
+        text = (
+            instruction.kind,
+            instruction.federation,
+            instruction.run,
+            instruction.previous,
+            instruction.config,
+            instruction.layout,
+        )
+        numbers = (instruction.round, instruction.rounds, instruction.attempt, instruction.sum_round)
+        if (
+            not all(isinstance(value, str) for value in text)
+            or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in numbers)
+            or instruction.kind not in ("hello", "round", "close")
+            or not isinstance(instruction.shared, dict)
+        ):
+            raise MalformedUpdateError("An instruction of the cloud holds a field of the wrong type")
+        return instruction
+

@@ -1,0 +1,99 @@
+"""What every entry point shares: hydra, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from flep_fl.config import CONFIG_DIR, register
+from flep_fl.contracts.errors import ConfigError, FlepError
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+
+
+def hydra_entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], NoReturn]]:
+    """Make a hydra script of ``function(cfg)`` that ends in an exit code, never in a library's traceback.
+
+    Parameters
+    ----------
+    config_name
+        The primary config in ``conf/``.
+
+    Returns
+    -------
+    Callable
+        A decorator; the decorated function takes no argument, reads ``sys.argv`` and exits with 0
+        (done), 1 (a named error), 2 (a wrong configuration) or 130 (interrupted).
+    """
+
+    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], NoReturn]:
+        def entry() -> NoReturn:
+            sys.exit(run_entry(function, config_name))
+
+        return entry
+
+    return decorate
+
+
+def run_entry(function: Callable[[DictConfig], None], config_name: str) -> int:
+    """Run ``function`` under hydra and return the exit code."""
+    # hydra prints and exits on its own unless told to raise; we want our one-line errors.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(function)()
+    except ConfigError as exc:
+        return _report(exc, EXIT_CONFIG)
+    except FlepError as exc:
+        return _report(exc, EXIT_FAILED)
+    except (HydraException, OmegaConfBaseException) as exc:
+        return _report(_as_config_error(exc), EXIT_CONFIG)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _report(error: FlepError, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error ({type(error).__name__}): {error}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _as_config_error(exc: Exception) -> ConfigError:
+    """Keep hydra's first line, which names the key or the group, and say where the names are."""
+    text = str(exc) if exc.__cause__ is None else f"{exc} {exc.__cause__}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if "use +" not in line and not line.startswith(("object_type", "See "))]
+    return ConfigError(
+        "The configuration is not valid: " + " ".join(kept[:3]),
+        remedy="Run the command with --help to see every option and its value",
+    )
+
+
+def require(cfg: DictConfig, name: str, example: str) -> None:
+    """Refuse to go on without an option.
+
+    Raises
+    ------
+    ConfigError
+        ``name`` is not set, or is empty.
+    """
+    if not cfg[name]:
+        raise ConfigError(f"{name} is not set", remedy=f"Add {name}={example}")
+
+
+def output_dir() -> Path:
+    """Return hydra's output directory of the current job, an absolute path."""
+    return Path(HydraConfig.get().runtime.output_dir)
