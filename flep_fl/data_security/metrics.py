@@ -1,0 +1,113 @@
+"""Statistics of cipher images. Necessary, never sufficient: a weak cipher can pass all of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flep_fl.contracts.errors import ImageFormatError
+
+GreyImage = NDArray[np.uint8]
+LEVELS = 256
+
+NPCR_MEAN, UACI_MEAN = 99.609375, 33.463542
+"""Expected percentages for two independent uniform 8-bit images (Wu, Noonan, Agaian 2011)."""
+
+NPCR_LIMIT_256 = 99.5693
+UACI_LIMITS_256 = (33.2824, 33.6447)
+"""Limits at the 5 % level for 256 x 256 images (Wu, Noonan, Agaian 2011)."""
+
+CHI_SQUARE_LIMIT = 293.25
+"""Limit of the histogram test at the 5 % level, 255 degrees of freedom."""
+
+_NEIGHBOURS: dict[str, tuple[tuple[slice, slice], tuple[slice, slice]]] = {
+    "horizontal": ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
+    "vertical": ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
+    "diagonal": ((slice(None, -1), slice(None, -1)), (slice(1, None), slice(1, None))),
+}
+
+
+def npcr(first: GreyImage, second: GreyImage) -> float:
+    """Compute the number of pixels change rate, in percent: ``100 * mean(C1 != C2)``.
+
+    Parameters
+    ----------
+    first, second
+        uint8, equal shapes: cipher images of plaintexts that differ in one pixel.
+    """
+    _require_pair(first, second)
+    return float(100 * np.mean(first != second))
+
+
+def uaci(first: GreyImage, second: GreyImage) -> float:
+    """Unified average changing intensity, in percent: ``100 * mean(|C1 - C2|) / 255``."""
+    _require_pair(first, second)
+    return float(100 * np.mean(np.abs(first.astype(np.int16) - second)) / 255)
+
+
+def histogram(image: GreyImage) -> NDArray[np.int64]:
+    """Count the pixels of each of the 256 grey levels; int64 (256,)."""
+    _require_grey(image)
+    return np.bincount(image.ravel(), minlength=LEVELS).astype(np.int64)
+
+
+def entropy(image: GreyImage) -> float:
+    """Shannon entropy of the histogram, in bits; an ideal 256 x 256 cipher has 7.9972 +- 0.00025."""
+    counts = histogram(image)
+    share = counts[counts > 0] / image.size
+    return float(-np.sum(share * np.log2(share)))
+
+
+def encryption_quality(plain: GreyImage, cipher: GreyImage) -> float:
+    """Mean change of the histogram: ``sum(|H(cipher) - H(plain)|) / 256``."""
+    return float(np.abs(histogram(cipher) - histogram(plain)).sum() / LEVELS)
+
+
+def chi_square(image: GreyImage) -> float:
+    """Pearson's statistic of the histogram against the uniform one (255 degrees of freedom)."""
+    expected = image.size / LEVELS
+    return float(np.sum((histogram(image) - expected) ** 2) / expected)
+
+
+def adjacent_correlation(
+    image: NDArray[np.number], direction: Literal["horizontal", "vertical", "diagonal"]
+) -> float:
+    """Pearson correlation of all pairs of neighbouring pixels in one direction; 0 for a constant image.
+
+    Raises
+    ------
+    ImageFormatError
+        When the direction is unknown or the image is too small to have such neighbours.
+    """
+    if direction not in _NEIGHBOURS:
+        raise ImageFormatError(
+            "Unknown direction", expected=f"one of {', '.join(_NEIGHBOURS)}", found=direction
+        )
+    here, there = (image[area].astype(np.float64).ravel() for area in _NEIGHBOURS[direction])
+    if here.size == 0:
+        raise ImageFormatError("The image has no neighbouring pixels", found=f"shape {image.shape}")
+    here, there = here - here.mean(), there - there.mean()
+    scale = np.sqrt(np.sum(here**2) * np.sum(there**2))
+    return float(np.sum(here * there) / scale) if scale > 0 else 0.0
+
+
+def psnr(reference: NDArray[np.number], image: NDArray[np.number]) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 255; infinite for equal images."""
+    if reference.shape != image.shape:
+        raise ImageFormatError("The images differ in shape", expected=reference.shape, found=image.shape)
+    error = float(np.mean((reference.astype(np.float64) - image) ** 2))
+    return float(10 * np.log10(255**2 / error)) if error > 0 else float("inf")
+
+
+def _require_grey(image: GreyImage) -> None:
+    if image.dtype != np.uint8 or image.size == 0:
+        raise ImageFormatError("Statistics need an 8-bit image", expected="uint8", found=str(image.dtype))
+
+
+def _require_pair(first: GreyImage, second: GreyImage) -> None:
+    _require_grey(first)
+    _require_grey(second)
+    if first.shape != second.shape:
+        raise ImageFormatError("The images differ in shape", expected=first.shape, found=second.shape)
