@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+
+from flep_fl.contracts.errors import ConfigError, PortInUseError, RuntimeStartError
+from flep_fl.flower.processes import Interrupted
+from flep_fl.flower.runtime.cloud import run_cloud
+from flep_fl.flower.runtime.environment import bind, log_tail, new_secret, parse_address, use_environment
+from flep_fl.flower.runtime.grid import GuardedGrid
+from flep_fl.flower.runtime.superlink import SplitPorts, whole_replies
+from flep_fl.flower.runtime.traffic import message_bytes
+from flep_fl.flower.runtime.wire import from_wire, set_task_identity, to_wire
+
+
+def make_message(array: np.ndarray) -> Message:
+    set_task_identity(1)
+    return Message(RecordDict({"arrays": ArrayRecord({"v": Array(array)})}), 2, "train")
+
+
+# --- wire and traffic ------------------------------------------------------------------------------
+
+
+def test_a_message_survives_the_wire_and_shares_nothing() -> None:
+    message = make_message(np.arange(10, dtype=np.float32))
+    wire = to_wire(message)
+    copy = from_wire(wire)
+    np.testing.assert_array_equal(copy.content["arrays"]["v"].numpy(), np.arange(10, dtype=np.float32))
+    assert copy.metadata.message_id == wire.message_id == message.metadata.message_id
+    assert from_wire(wire).content["arrays"]["v"].data == copy.content["arrays"]["v"].data
+    assert copy.content is not message.content
+
+
+@pytest.mark.parametrize("size", [1_000, 12_000_000])
+def test_message_bytes_is_the_payload_and_a_small_header(size: int) -> None:
+    # Random bytes: equal 5 MB chunks would be sent once.
+    message = make_message(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+    weight = message_bytes(message)
+    assert size < weight < size + 2_000
+    assert weight == to_wire(message).size
+
+
+# --- addresses, secrets ------------------------------------------------------------------------------
+
+
+def test_addresses() -> None:
+    assert parse_address("localhost:80") == ("localhost", 80)
+    assert parse_address("[::1]:0") == ("::1", 0)
+    for wrong in ("localhost", ":80", "a:b", "a:70000", "a:-1", ""):
+        with pytest.raises(ConfigError, match="host:port"):
+            parse_address(wrong)
+
+
+def test_a_taken_port_is_a_named_error_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(PortInUseError, match=rf"{address}.*[Cc]hoose another port"):
+            run_cloud(
+                ServerApp(),
+                address=address,
+                home=tmp_path / "home",
+                run_config={},
+                stop=threading.Event(),
+                log=lambda _line: None,
+            )
+    assert list((tmp_path / "home").iterdir()) == []
+    bind(address).close()
+
+
+def test_an_address_of_another_machine_is_a_named_error() -> None:
+    with pytest.raises(RuntimeStartError, match=r"192\.0\.2\.1:8000 cannot be used"):
+        bind("192.0.2.1:8000")
+
+
+def test_secrets_are_private_and_new_every_time(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    secrets = {new_secret(path) for _ in range(3)}
+    assert len(secrets) == 3
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert all(len(secret) == 64 for secret in secrets)
+
+
+def test_the_environment_is_restored() -> None:
+    os.environ.pop("FLEP_TEST", None)
+    with use_environment({"FLEP_TEST": "1"}):
+        assert os.environ["FLEP_TEST"] == "1"
+    assert "FLEP_TEST" not in os.environ
+
+
+def test_log_tail(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert log_tail(log) == "(no log)"
+    log.write_text("\n".join(map(str, range(50))))
+    assert log_tail(log, 2) == "48\n49"
+
+
+# --- split ports -------------------------------------------------------------------------------------
+
+
+def ask(port: int, path: str, token: bytes | None = None, kind: str = "http") -> str:
+    """Return ``passed`` or what the middleware answered."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "passed"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if token is None else [(b"x-flep-admin", token)]
+    scope = {"type": kind, "path": path, "server": ("127.0.0.1", port), "headers": headers, "method": "POST"}
+    asyncio.run(SplitPorts(app, admin_port=9, token=b"sesame")(scope, None, send))  # type: ignore[arg-type]
+    return str(sent[0].get("status", sent[0]["type"]))
+
+
+def test_the_sites_port_serves_the_fleet_alone() -> None:
+    assert ask(8000, "/v1/fleet/pull-messages") == "passed"
+    assert ask(8000, "/health") == "passed"
+    for path in (
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/v1/fleet",
+        "/docs",
+        "/",
+        "//v1/fleet/x",
+    ):
+        assert ask(8000, path) == "404"
+        # The admin token opens nothing on the sites' port.
+        assert ask(8000, path, b"sesame") == "404"
+    assert ask(8000, "/v1/fleet/x", kind="websocket") == "websocket.close"
+
+
+def test_the_admin_port_wants_the_token() -> None:
+    assert ask(9, "/v1/control/start-run", b"sesame") == "passed"
+    assert ask(9, "/health") == "passed"
+    assert ask(9, "/v1/control/start-run") == "404"
+    assert ask(9, "/v1/control/start-run", b"sesam") == "404"
+    assert ask(9, "/v1/fleet/pull-messages") == "404"
+
+
+# --- replies -----------------------------------------------------------------------------------------
+
+
+class FakeState:
+    """The parts of Flower's link state that matter here, with a real object store."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.object_store = InMemoryObjectStore()
+        self.message_ins_store = {"ask": SimpleNamespace(metadata=SimpleNamespace(dst_node_id=7))}
+        self.message_ins_id_to_message_res_id: dict[str, str] = {}
+        self.nodes = {7: SimpleNamespace(node_id=7, status="offline", online_until=0.0)}
+
+    def answer(self, complete: bool) -> None:
+        wire = to_wire(message := make_message(np.arange(5)))
+        self.object_store.preregister(1, get_object_tree(message))
+        for number, (object_id, content) in enumerate(wire.objects.items()):
+            if complete or number > 0:
+                self.object_store.put(object_id, content)
+        self.message_ins_id_to_message_res_id["ask"] = wire.message_id
+
+
+def upstream(state: Any, message_ids: set[str], _run_id: int) -> list[Any]:
+    """Flower's order of checks: a node that is gone first, then the stored reply."""
+    answers = []
+    for one in sorted(message_ids):
+        if state.nodes[7].online_until < 1.0:
+            answers.append("node unavailable")
+        elif one in state.message_ins_id_to_message_res_id:
+            answers.append("reply")
+    return answers
+
+
+def test_a_whole_reply_counts_after_its_sender_left() -> None:
+    state = FakeState()
+    state.answer(complete=True)
+    assert upstream(state, {"ask"}, 1) == ["node unavailable"]
+    assert whole_replies(upstream)(state, {"ask"}, 1) == ["reply"]
+    assert (state.nodes[7].status, state.nodes[7].online_until) == ("offline", 0.0)
+
+
+def test_half_a_reply_is_none_and_is_given_up_when_its_sender_left() -> None:
+    state = FakeState()
+    state.answer(complete=False)
+    state.nodes[7].online_until = 2.0
+    assert upstream(state, {"ask"}, 1) == ["reply"]
+    assert whole_replies(upstream)(state, {"ask"}, 1) == []
+    assert "ask" in state.message_ins_id_to_message_res_id
+    state.nodes[7].online_until = 0.0
+    assert whole_replies(upstream)(state, {"ask"}, 1) == ["node unavailable"]
+
+
+def test_no_reply_yet() -> None:
+    state = FakeState()
+    state.nodes[7].online_until = 2.0
+    assert whole_replies(upstream)(state, {"ask"}, 1) == []
+
+
+# --- the guarded grid --------------------------------------------------------------------------------
+
+
+def test_a_grid_call_ends_when_the_user_or_the_superlink_does() -> None:
+    with socket.socket() as sock:  # bound, not listening: every call is refused
+        sock.bind(("127.0.0.1", 0))
+        stop, dead = threading.Event(), threading.Event()
+
+        def check() -> None:
+            if dead.is_set():
+                raise RuntimeStartError("The SuperLink ended unexpectedly")
+
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        grid = GuardedGrid(address, "token", admin_token=b"x", stop=stop, check=check)
+        timer = threading.Timer(0.3, dead.set)
+        timer.start()
+        with pytest.raises(RuntimeStartError, match="ended unexpectedly"):
+            grid.get_node_ids()
+        dead.clear()
+        timer = threading.Timer(0.3, stop.set)
+        timer.start()
+        with pytest.raises(Interrupted):
+            grid.get_node_ids()
+        with pytest.raises(Interrupted):
+            grid.push_messages([])
+
+
+def test_a_refusal_of_the_superlink_is_a_named_error() -> None:
+    grid = GuardedGrid("127.0.0.1:9", "token", admin_token=b"x", stop=threading.Event(), check=lambda: None)
+    client: Any = grid._runtime_client
+    client._client = httpx.Client(transport=httpx.MockTransport(lambda _request: httpx.Response(401)))
+    with pytest.raises(RuntimeStartError, match="does not answer"):
+        grid.get_node_ids()
