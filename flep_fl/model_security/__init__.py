@@ -1,0 +1,1 @@
+"""Tier 2, model security: encrypted, signed and verifiable sums of models."""

@@ -1,0 +1,146 @@
+"""The analysts' keys: the model key (CKKS) and the check key. Never imported by an untrusted cloud."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import Final
+
+import tenseal as ts
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from flep_fl.contracts.errors import ModelKeyError
+from flep_fl.model_security._context import ContextParts, check_parameters, read_context
+from flep_fl.model_security.profiles import Profile
+
+_MAGIC: Final = b"FLEPMK1\n"
+_KEY_ID_BYTES: Final = 16
+_REMEDY = "Copy the key from the kit again, or provision the kits again"
+
+
+class ModelKey:
+    r"""The CKKS secret key that all analysts of a federation share.
+
+    The file format is ``"FLEPMK1\n" || SHA-256 of the rest || TenSEAL's context with the secret key``; the
+    hash tells accidental damage before TenSEAL, which crashes on some damaged input, sees a byte.
+    """
+
+    def __init__(self, context: bytes) -> None:
+        self._context = context
+        self._parts = read_context(context)
+        if not self._parts.secret_key:
+            raise ModelKeyError("A keyless context was given where the model key is needed", remedy=_REMEDY)
+        self._key_id = _key_id(self._parts.secret_key)
+
+    @classmethod
+    def generate(cls, profile: Profile) -> ModelKey:
+        """Make a new key for a profile's parameters (SEAL's generator, seeded by the operating system)."""
+        context = ts.context(
+            ts.SCHEME_TYPE.CKKS,
+            profile.poly_modulus_degree,
+            coeff_mod_bit_sizes=list(profile.coeff_mod_bit_sizes),
+            encryption_type=ts.ENCRYPTION_TYPE.SYMMETRIC,
+            n_threads=1,
+        )
+        context.global_scale = profile.scale
+        return cls(
+            context.serialize(
+                save_public_key=False, save_secret_key=True, save_galois_keys=False, save_relin_keys=False
+            )
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ModelKey:
+        """Read what :meth:`to_bytes` wrote.
+
+        Raises
+        ------
+        ModelKeyError
+            The bytes are not a model key, or damaged.
+        """
+        head = len(_MAGIC) + 32
+        digest, context = data[len(_MAGIC) : head], data[head:]
+        if not data.startswith(_MAGIC):
+            raise ModelKeyError("This file is not a model key of this release", remedy=_REMEDY)
+        if not hmac.compare_digest(digest, hashlib.sha256(context).digest()):
+            raise ModelKeyError("The model key is damaged", remedy=_REMEDY)
+        return cls(context)
+
+    def to_bytes(self) -> bytes:
+        """Serialise the key. Secret: write it with mode 0600 only."""
+        return _MAGIC + hashlib.sha256(self._context).digest() + self._context
+
+    @property
+    def key_id(self) -> str:
+        """Identifier derived from the secret key itself, 32 hexadecimal digits; not secret."""
+        return self._key_id
+
+    def public_context(self) -> bytes:
+        """Serialise the context without any key (86 bytes): all that the cloud needs for adding."""
+        return self._parts.keyless()
+
+    def check_profile(self, profile: Profile) -> None:
+        """Raise :class:`ModelKeyError` when the key was made for other parameters."""
+        check_parameters(self._parts, profile)
+
+    @property
+    def secret_context(self) -> bytes:
+        """TenSEAL's serialised context, secret key included."""
+        return self._context
+
+    @property
+    def parts(self) -> ContextParts:
+        """The context's parts, secret key included."""
+        return self._parts
+
+    def __repr__(self) -> str:
+        return f"ModelKey(key_id={self._key_id!r}, secret=<redacted>)"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        # A key that can be pickled ends up in some worker's queue or checkpoint.
+        raise TypeError("a ModelKey is not pickled; use to_bytes() and write_secret()")
+
+
+class CheckKey:
+    """The 32-byte key of the verifiable sum, shared by the analysts and never known to the cloud."""
+
+    SIZE: Final = 32
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != self.SIZE:
+            raise ModelKeyError(
+                "The check key is damaged", expected=f"{self.SIZE} bytes", found=len(secret), remedy=_REMEDY
+            )
+        self._secret = secret
+
+    @classmethod
+    def generate(cls) -> CheckKey:
+        """Draw a new key from the operating system."""
+        return cls(secrets.token_bytes(cls.SIZE))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CheckKey:
+        """Read a key; :class:`ModelKeyError` unless it has exactly 32 bytes."""
+        return cls(data)
+
+    def to_bytes(self) -> bytes:
+        """Serialise the key. Secret: write it with mode 0600 only."""
+        return self._secret
+
+    def derive(self, info: bytes, length: int) -> bytes:
+        """Derive ``length`` bytes for one purpose, named by ``info`` (HKDF-SHA256, RFC 5869)."""
+        return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(self._secret)
+
+    def __repr__(self) -> str:
+        return "CheckKey(<redacted>)"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a CheckKey is not pickled; use to_bytes() and write_secret()")
+
+
+def _key_id(secret_key: bytes) -> str:
+    info = b"flep-fl/model-key-id/v1"
+    derived = HKDF(algorithm=SHA256(), length=_KEY_ID_BYTES, salt=None, info=info).derive(secret_key)
+    return derived.hex()
