@@ -1,0 +1,1 @@
+"""hydra's configuration groups; the YAML files beside this one."""

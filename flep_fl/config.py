@@ -110,11 +110,11 @@ class ModelConfig:
 class TrainConfig:
     """Local training."""
 
-    optimizer: str = "adam"
+    optimizer: str = "adamw"
     lr: float = 1e-3
     batch_size: int = 32
-    local_epochs: int = 2
-    augment: bool = True
+    local_epochs: int = 3
+    augment: bool = False
 
 
 @dataclass
@@ -136,7 +136,7 @@ class RuntimeConfig:
     name: str = "process"
     address: str = "127.0.0.1:9092"
     wait: bool = False
-    idle_timeout: float = 0.0
+    idle_timeout: float = 3600.0
     device: str = "auto"
     threads: int | None = None
 
@@ -251,10 +251,14 @@ def _check_images(config: Config) -> None:
         f"cipher.block_side={cipher.block_side} is not a block size",
         "Set cipher.block_side to 1 or more; 2 is the default",
     )
-    _require(cipher.bits in (8, 16), f"cipher.bits={cipher.bits} is not supported", "Set cipher.bits to 8 or 16")
+    _require(
+        cipher.bits in (8, 16), f"cipher.bits={cipher.bits} is not supported", "Set cipher.bits to 8 or 16"
+    )
     for name, size in (("data.image_size", data.image_size), ("model.input_size", config.model.input_size)):
         _require(
-            size is None or size >= 1, f"{name}={size} is not a size", f"Set {name} to pixels or to null (native)"
+            size is None or size >= 1,
+            f"{name}={size} is not a size",
+            f"Set {name} to pixels or to null (native)",
         )
     _require(
         data.limit is None or data.limit >= 1,
@@ -329,7 +333,8 @@ def _check_federation(config: Config) -> None:
     )
     _require(
         federation.sites >= federation.min_contributors,
-        f"federation.sites={federation.sites} is below federation.min_contributors={federation.min_contributors}",
+        f"federation.sites={federation.sites} is below "
+        f"federation.min_contributors={federation.min_contributors}",
         "Add sites, or set federation.min_contributors=2 and accept that two sites see each other's updates",
     )
     quorum = effective_quorum(config)
@@ -342,8 +347,8 @@ def _check_federation(config: Config) -> None:
     taking_part = participants(config)
     _require(
         1 <= quorum <= taking_part,
-        f"federation.quorum={quorum} cannot be reached: {taking_part} of {federation.sites} sites take part in "
-        "a round",
+        f"federation.quorum={quorum} cannot be reached: {taking_part} of {federation.sites} sites take part "
+        "in a round",
         "Lower federation.quorum or raise federation.fraction",
     )
     check_federation(
@@ -404,10 +409,13 @@ def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, we: str,
     """
     found = differences(ours, theirs)
     if found:
-        listed = "; ".join(f"{name} is {mine!r} in {we} and {other!r} in {they}" for name, mine, other in found)
+        listed = "; ".join(
+            f"{name} is {mine!r} in {we} and {other!r} in {they}" for name, mine, other in found
+        )
         raise ConfigMismatchError(
             f"{we} and {they} disagree: {listed}",
-            remedy="What all parties share is fixed by `python -m scripts.provision`; make new kits to change it",
+            remedy="What all parties share is fixed by `python -m scripts.provision`; "
+            "make new kits to change it",
         )
 
 

@@ -225,7 +225,7 @@ class TooFewContributorsError(UpdateError):
 
 
 class HaltedError(FlepError):
-    """This site rejected a sum under its current keys and stops until they are rotated."""
+    """The site rejected a sum under its current keys and stops until they are rotated."""
 
     code = "halted"
 

@@ -90,7 +90,9 @@ class Instruction:
         try:
             instruction = cls(**values)
         except TypeError as exc:
-            raise MalformedUpdateError("An instruction of the cloud is not in the format of this release") from exc
+            raise MalformedUpdateError(
+                "An instruction of the cloud is not in the format of this release"
+            ) from exc
         text = (
             instruction.kind,
             instruction.federation,
@@ -108,4 +110,3 @@ class Instruction:
         ):
             raise MalformedUpdateError("An instruction of the cloud holds a field of the wrong type")
         return instruction
-

@@ -1,0 +1,246 @@
+"""Where the owner's images come from: packaged data sets or a folder."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from flep_fl.contracts.errors import (
+    ConfigError,
+    EmptyDatasetError,
+    ImageFormatError,
+    MissingExtraError,
+)
+from flep_fl.data_owner.partition import stratified_subset
+
+GreyImage = NDArray[np.uint8]
+"""uint8, shape (H, W), 0..255."""
+
+_EIGHT_BIT_MODES = frozenset(
+    {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+)
+_DEFECT_PROBABILITY = 0.5
+
+
+@dataclass(frozen=True)
+class OwnerImages:
+    """Plain images with labels, as the owner holds them.
+
+    Attributes
+    ----------
+    name
+        Name of the data set.
+    images
+        Grey images, uint8, shape (H, W) each; a folder's are decoded on access.
+    labels
+        Class index of every image.
+    classes
+        Class names.
+    """
+
+    name: str
+    images: Sequence[GreyImage] = field(repr=False)
+    labels: list[int] = field(repr=False)
+    classes: tuple[str, ...]
+
+
+Loader = Callable[[Path | None], OwnerImages]
+
+
+def load_source(
+    name: str, *, path: Path | None = None, image_size: int | None = None, limit: int | None = None, seed: int
+) -> OwnerImages:
+    """Load a data set.
+
+    Parameters
+    ----------
+    name
+        A key of :data:`SOURCES`: ``elpv``, ``digits`` or ``folder``.
+    path
+        The folder of class subfolders, for ``folder``.
+    image_size
+        Side in pixels to which every image is reduced (area average, so without aliasing), 1..16384;
+        None keeps the native size.
+    limit
+        Number of images to keep, a stratified random subset; None (or more than there are) keeps all.
+    seed
+        Seed of the subset, >= 0.
+
+    Returns
+    -------
+    OwnerImages
+        At least one image; only the chosen files of a folder are ever decoded.
+
+    Raises
+    ------
+    ConfigError
+        The name is unknown, or a setting is missing or out of range.
+    MissingExtraError
+        The data set's package is not installed.
+    EmptyDatasetError
+        The folder, or one of its class folders, holds no image.
+    ImageFormatError
+        A file does not decode to 8-bit pixels (raised on access for ``folder``).
+    """
+    if name not in SOURCES:
+        raise ConfigError("data.name is unknown", expected="one of " + ", ".join(sorted(SOURCES)), found=name)
+    if image_size is not None and not 1 <= image_size <= 16384:
+        raise ConfigError("data.image_size is out of range", expected="1..16384 or null", found=image_size)
+    if limit is not None and limit < 1:
+        raise ConfigError("data.limit is out of range", expected=">= 1 or null", found=limit)
+    source = SOURCES[name](path)
+    chosen = list(range(len(source.labels)))
+    if limit is not None and limit < len(chosen):
+        chosen = stratified_subset(source.labels, limit, seed).tolist()
+    return OwnerImages(
+        name=source.name,
+        images=_Selection(source.images, chosen, image_size),
+        labels=[source.labels[i] for i in chosen],
+        classes=source.classes,
+    )
+
+
+def resize_area(image: GreyImage, side: int) -> GreyImage:
+    """Resample to ``side`` x ``side`` by exact area averages (Pillow's box filter), uint8 in and out."""
+    if image.shape == (side, side):
+        return image
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+
+
+class _Selection(Sequence[GreyImage]):
+    """Some of the images, in order, resized on access."""
+
+    def __init__(self, images: Sequence[GreyImage], chosen: list[int], side: int | None) -> None:
+        self._images, self._chosen, self._side = images, chosen, side
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> GreyImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[GreyImage]: ...
+    def __getitem__(self, index: int | slice) -> GreyImage | Sequence[GreyImage]:
+        if isinstance(index, slice):
+            return _Selection(self._images, self._chosen[index], self._side)
+        image = self._images[self._chosen[index]]
+        return image if self._side is None else resize_area(image, self._side)
+
+
+class _Files(Sequence[GreyImage]):
+    """Image files, decoded to grey on access: a large folder never lies in memory at once."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> GreyImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[GreyImage]: ...
+    def __getitem__(self, index: int | slice) -> GreyImage | Sequence[GreyImage]:
+        if isinstance(index, slice):
+            return _Files(self._paths[index])
+        return decode_grey(self._paths[index])
+
+
+def decode_grey(path: Path) -> GreyImage:
+    """Decode an image file to grey.
+
+    Parameters
+    ----------
+    path
+        A file that Pillow reads, with at most 8 bits per channel; colour is weighted by ITU-R 601.
+
+    Returns
+    -------
+    uint8 array, shape (H, W)
+
+    Raises
+    ------
+    ImageFormatError
+        The file does not decode, or has more than 8 bits per channel (no silent clipping).
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _EIGHT_BIT_MODES:
+                raise ImageFormatError(
+                    f"an image has more than 8 bits per channel: {path}",
+                    expected="8-bit grey or colour",
+                    found=f"mode {image.mode}",
+                    remedy="Convert it to 8 bits first",
+                )
+            return np.asarray(image.convert("L"))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+        raise ImageFormatError(
+            f"an image file cannot be decoded: {path}", remedy="Replace or remove the file"
+        ) from exc
+
+
+def _load_elpv(_path: Path | None) -> OwnerImages:
+    utils = _require("elpv_dataset.utils", "data=elpv", "demo")
+    images, probability, _ = utils.load_dataset()
+    labels = (np.asarray(probability) >= _DEFECT_PROBABILITY).astype(int).tolist()
+    return OwnerImages("elpv", images, labels, ("functional", "defective"))
+
+
+def _load_digits(_path: Path | None) -> OwnerImages:
+    digits: Any = _require("sklearn.datasets", "data=digits", "digits").load_digits()
+    images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)
+    return OwnerImages(
+        "digits", images, [int(v) for v in digits.target], tuple(str(v) for v in digits.target_names)
+    )
+
+
+def _load_folder(path: Path | None) -> OwnerImages:
+    if path is None:
+        raise ConfigError(
+            "data=folder needs a folder", expected="data.path", remedy="Set data.path=FOLDER_OF_CLASS_FOLDERS"
+        )
+    if not path.is_dir():
+        raise EmptyDatasetError(f"the image folder does not exist: {path}", remedy="Check data.path")
+    # Imported here: torchvision pulls in torch.
+    from torchvision.datasets.folder import (
+        IMG_EXTENSIONS,
+        find_classes,
+        make_dataset,
+    )
+
+    hint = "Put the images of each class in a subfolder of its own: " + str(path / "CLASS" / "image.png")
+    try:
+        classes, indices = find_classes(str(path))
+    except FileNotFoundError as exc:
+        raise EmptyDatasetError(f"the image folder has no class subfolders: {path}", remedy=hint) from exc
+    pairs = make_dataset(str(path), indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not pairs:
+        raise EmptyDatasetError(f"the image folder holds no image: {path}", remedy=hint)
+    if empty := sorted(set(range(len(classes))) - {label for _, label in pairs}):
+        raise EmptyDatasetError(
+            f"a class folder holds no image: {path / classes[empty[0]]}", remedy="Fill or remove it"
+        )
+    files = _Files([Path(file) for file, _ in pairs])
+    return OwnerImages(path.resolve().name, files, [label for _, label in pairs], tuple(classes))
+
+
+def _require(module: str, setting: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise MissingExtraError(
+            f"{setting} needs the package {module.partition('.')[0]}, which is not installed",
+            remedy=f"Run: pip install -e '.[{extra}]'",
+        ) from exc
+
+
+SOURCES: dict[str, Loader] = {"elpv": _load_elpv, "digits": _load_digits, "folder": _load_folder}
+"""Data sets by name; add one by adding an entry."""

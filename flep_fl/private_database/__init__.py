@@ -1,0 +1,1 @@
+"""The private database: the owner's images, sealed at rest, and the log of what left it."""
