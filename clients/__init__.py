@@ -1,0 +1,1 @@
+"""One analyst site: ``python -m clients kit=KITS/SITE archive=ARCHIVES/SITE``."""

@@ -1,0 +1,1 @@
+"""The AI cloud: a Flower strategy that adds what it cannot read."""

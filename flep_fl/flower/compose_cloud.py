@@ -1,0 +1,121 @@
+"""What the AI cloud is wired to in each trust mode. The only place that decides it.
+
+An untrusted cloud gets a keyless adder and nothing else; only the branch of the trusted one imports the
+code that can decrypt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
+from flep_fl.config import Config, effective_quorum
+from flep_fl.contracts.ports import Adder
+from flep_fl.contracts.records import RoundRecord
+from flep_fl.flower.models import write_model
+from flep_fl.flower.runtime.traffic import message_bytes
+from flep_fl.model_security.adder import KeylessAdder, PlainAdder
+from flep_fl.model_security.layout import ModelLayout
+from flep_fl.model_security.profiles import get_profile, vector_length
+from flep_fl.provision.kits import CloudKit
+from flep_fl.reporting.results import append_round
+
+
+def cloud_strategy(
+    kit: CloudKit,
+    config: Config,
+    out: Path,
+    *,
+    on_event: Callable[[str], None] | None = None,
+) -> EncryptedFedAvg:
+    """Wire the strategy for the trust mode of the kit.
+
+    Parameters
+    ----------
+    kit
+        The cloud's kit.
+    config
+        The configuration after :func:`flep_fl.config.adopt_kit`.
+    out
+        The cloud's folder: one line per round, and with a trusted cloud the model.
+    on_event
+        Gets one line of progress at a time.
+    """
+    federation, trust = kit.federation, config.cloud.trust
+    profile = get_profile(config.ckks.profile)
+    encrypted = trust != "open"
+
+    def make_adder(parameters: int) -> Adder:
+        length = vector_length(parameters, checked=encrypted)
+        return KeylessAdder(kit.context, profile, length) if encrypted else PlainAdder(length)
+
+    def on_round(record: RoundRecord) -> None:
+        append_round(out / "rounds.jsonl", record)
+
+    return EncryptedFedAvg(
+        Terms(
+            federation=federation.federation,
+            key_id=federation.key_id if encrypted else "open",
+            profile=profile.digest,
+            mode="ckks" if encrypted else "open",
+            shared=federation.shared,
+            digest=federation.digest,
+            site_keys=federation.site_keys(),
+            rounds=config.federation.rounds,
+            fraction=config.federation.fraction,
+            quorum=effective_quorum(config),
+            round_timeout=config.federation.round_timeout,
+        ),
+        kit.signing_key,
+        make_adder,
+        message_bytes=message_bytes,
+        on_sum=_model_writer(kit, config, out),
+        on_round=on_round,
+        on_event=on_event,
+    )
+
+
+def cloud_app(strategy: EncryptedFedAvg) -> ServerApp:
+    """Make the Flower ServerApp that runs ``strategy``."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy.start(grid)
+
+    return app
+
+
+def _model_writer(
+    kit: CloudKit, config: Config, out: Path
+) -> Callable[[int, bytes, ModelLayout], None] | None:
+    """Return what stores the global model after each sum; None for an untrusted cloud."""
+    if config.cloud.trust == "untrusted":
+        return None
+    from flep_fl.model_security.contribution import average
+
+    if config.cloud.trust == "open":
+
+        def open_sum(payload: bytes, layout: ModelLayout) -> NDArray[np.float64]:
+            return np.frombuffer(payload, dtype="<f8", count=layout.size + 1)
+
+    else:
+        from flep_fl.model_security.cipher import CkksModelCipher
+        from flep_fl.model_security.keyring import ModelKey
+
+        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), get_profile(config.ckks.profile))
+
+        def open_sum(payload: bytes, layout: ModelLayout) -> NDArray[np.float64]:
+            values = cipher.decrypt(payload, vector_length(layout.size, checked=True))
+            return values[: layout.size + 1]
+
+    def write(number: int, payload: bytes, layout: ModelLayout) -> None:
+        write_model(out / "model.npz", layout.unflatten(average(open_sum(payload, layout))))
+
+    return write

@@ -1,0 +1,219 @@
+"""What one analyst site is wired to: archive, cipher, denoiser, training, encrypted updates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flep_fl.config import Config
+from flep_fl.contracts.archive import ArchiveDescription
+from flep_fl.contracts.ports import ModelCipher
+from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
+from flep_fl.data_analyst.restore import RestoredSplit, restore_split
+from flep_fl.data_analyst.source import LocalArchive, describe, unlock
+from flep_fl.data_analyst.train import evaluate, train_local
+from flep_fl.data_security.pipeline import ThreeLayerCipher
+from flep_fl.flower.models import write_model
+from flep_fl.model_security.cipher import CkksModelCipher
+from flep_fl.model_security.keyring import CheckKey, ModelKey
+from flep_fl.model_security.mod import ckks_mod
+from flep_fl.model_security.plain import PlainModelCipher
+from flep_fl.model_security.profiles import get_profile
+from flep_fl.model_security.session import AnalystSession, Arrays, Membership
+from flep_fl.provision.kits import SiteKit
+from flep_fl.provision.owner import image_denoiser, restore_order
+
+
+@dataclass(slots=True)
+class Site:
+    """A site that is ready to take part.
+
+    Attributes
+    ----------
+    app
+        The ClientApp.
+    session
+        Its state.
+    model_file
+        Where the final model goes.
+    """
+
+    app: ClientApp
+    session: AnalystSession
+    model_file: Path
+
+    def finished(self, *, wait: bool) -> bool:
+        """Whether the site should end: the run was closed (and it is not to wait), or a sum was rejected."""
+        return self.session.halted or (self.session.closed and not wait)
+
+
+@dataclass(frozen=True, slots=True)
+class _AnalystData:
+    """An analyst's plain images; they exist in memory only."""
+
+    train: RestoredSplit
+    test: RestoredSplit
+    description: ArchiveDescription
+
+
+def prepare_site(
+    kit: SiteKit,
+    config: Config,
+    archive: Path,
+    out: Path,
+    *,
+    state: Path | None = None,
+    on_event: Callable[[str], None] = lambda _line: None,
+) -> Site:
+    """Open the archive, restore the images in memory, and make the ClientApp.
+
+    Parameters
+    ----------
+    kit, config
+        This site's kit, and the configuration after :func:`flep_fl.config.adopt_kit`.
+    archive
+        The sealed archive.
+    out
+        This site's folder in the run directory.
+    state
+        Folder of the ledger; ``state`` in the kit where None.
+    on_event
+        Gets one line of progress at a time.
+
+    Raises
+    ------
+    ArchiveError, RecordError, EnvelopeError, WrongImageKeyError, HaltedError, KitError
+        When the archive or the kit cannot be used.
+    """
+    session_factory = _session_factory(kit, config, state or kit.folder / "state")
+    source = LocalArchive(archive, site=kit.name, owner_public_key=kit.federation.owner_verify_key)
+    bundle = unlock(source, kit.decryption_key.private_bytes_raw())
+    description = describe(source, bundle)
+    restore = partial(
+        restore_split,
+        source,
+        cipher=ThreeLayerCipher(bundle),
+        bundle=bundle,
+        denoise=image_denoiser(config, bundle),
+        order=restore_order(config),
+        input_size=config.model.input_size,
+    )
+    data = _AnalystData(restore(split="train"), restore(split="test"), description)
+    on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
+    session = session_factory(len(description.classes))
+    model_file = out / "model.npz"
+    app = _client_app(session, config, kit.name, data, lambda model: write_model(model_file, model))
+    return Site(app, session, model_file)
+
+
+def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int], AnalystSession]:
+    """Check keys first, so that a bad kit is told before minutes of restoring."""
+    federation = kit.federation
+    profile = get_profile(config.ckks.profile)
+    encrypted = config.cloud.trust != "open"
+    cipher: ModelCipher = PlainModelCipher("open")
+    if encrypted:
+        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key), profile)
+    check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
+    membership = Membership(
+        site=kit.name,
+        federation=federation.federation,
+        config=federation.digest,
+        shared=federation.shared,
+        mode="ckks" if encrypted else "open",
+        profile=profile,
+        bound=config.ckks.bound,
+        max_examples=config.ckks.max_examples,
+        min_contributors=config.federation.min_contributors,
+        site_keys=federation.site_keys(),
+        cloud_key=federation.cloud_key(),
+    )
+
+    def make(classes: int) -> AnalystSession:
+        def initial() -> Arrays:
+            return get_arrays(build_model(config.model.name, classes=classes, seed=config.seed))
+
+        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state)
+
+    return make
+
+
+def _client_app(
+    session: AnalystSession, config: Config, name: str, data: _AnalystData, on_close: Callable[[Arrays], None]
+) -> ClientApp:
+    """Make an ordinary Flower ClientApp, with encryption as its outermost mod."""
+    model = build_model(config.model.name, classes=len(data.description.classes), seed=config.seed)
+    device = _device(config.runtime.device)
+
+    def evaluate_model(message: Message, context: Context) -> Message:
+        set_arrays(model, _arrays(message))
+        result = evaluate(model, data.test.images, data.test.labels, device=device)
+        majority = float((data.test.labels == data.description.majority_class).mean())
+        metrics = MetricRecord(
+            {"accuracy": result.accuracy, "loss": result.loss_mean, "majority_accuracy": majority}
+        )
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_close=on_close)])
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        set_arrays(model, _arrays(message))
+        number = _round_number(message)
+        settings = config.train
+        train_local(
+            model,
+            data.train.images,
+            data.train.labels,
+            optimizer=settings.optimizer,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            local_epochs=settings.local_epochs,
+            seed=_training_seed(config.seed, name, number),
+            augment=settings.augment,
+            device=device,
+            threads=config.runtime.threads,
+        )
+        arrays = ArrayRecord({key: Array(value) for key, value in get_arrays(model).items()})
+        metrics = MetricRecord({"num-examples": len(data.train.labels)})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    # The mod answers these two itself; Flower wants a function for every message type it routes.
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    @app.query("close")
+    def close(message: Message, context: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def _arrays(message: Message) -> Arrays:
+    return {name: array.numpy() for name, array in message.content.array_records["arrays"].items()}
+
+
+def _round_number(message: Message) -> int:
+    number = message.content.config_records["config"]["server-round"]
+    return number if isinstance(number, int) else 0
+
+
+def _training_seed(seed: int, site: str, number: int) -> int:
+    """Derive the seed of one site's round: the same in every trust mode and runtime."""
+    digest = hashlib.sha256(f"{seed}/{site}/{number}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,105 @@
+"""Progress and tables: rich on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flep_fl.contracts.records import RoundRecord
+
+COLUMNS = (
+    "round",
+    "accuracy",
+    "loss",
+    "MB up",
+    "MB down",
+    "train s",
+    "encrypt s",
+    "aggregate s",
+    "decrypt s",
+    "sites",
+)
+
+
+def say(line: str) -> None:
+    """Print one plain line at once."""
+    print(line, flush=True)  # noqa: T201
+
+
+class Progress:
+    """One line per event; on a terminal a live spinner with the elapsed time as well.
+
+    Parameters
+    ----------
+    name
+        Prefix of each line, the party that speaks.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = time.monotonic()
+        self._status: Any = None
+
+    def __call__(self, line: str) -> None:
+        """Report an event."""
+        elapsed = time.monotonic() - self._started
+        say(f"[{self._name} {elapsed:6.1f} s] {line}")
+        if self._status is not None:
+            self._status.update(f"{self._name}: {line}")
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[str], None]]:
+        """Show a spinner while the block runs, where standard output is a terminal."""
+        if not sys.stdout.isatty():
+            yield self
+            return
+        from rich.console import Console
+
+        with Console().status(self._name) as status:
+            self._status = status
+            try:
+                yield self
+            finally:
+                self._status = None
+
+
+def round_row(record: RoundRecord) -> list[str]:
+    """Format one round for the table."""
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    times = [number(record.seconds[name], 2) for name in ("train", "encrypt", "aggregate", "decrypt")]
+    sites = str(len(record.replied)) + (f" (+{len(record.failed)} failed)" if record.failed else "")
+    return [
+        str(record.round) + (f" {record.error}" if record.error else ""),
+        number(record.accuracy, 4),
+        number(record.loss, 4),
+        number(record.bytes_up / 1e6, 3),
+        number(record.bytes_down / 1e6, 3),
+        *times,
+        sites,
+    ]
+
+
+def print_table(rounds: Sequence[RoundRecord], *, title: str) -> None:
+    """Print the closing table: rich on a terminal, aligned plain text elsewhere."""
+    rows = [round_row(record) for record in rounds]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title)
+        for column in COLUMNS:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(line[i]) for line in (list(COLUMNS), *rows)) for i in range(len(COLUMNS))]
+    say(title)
+    for line in (list(COLUMNS), *rows):
+        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

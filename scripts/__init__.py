@@ -1,0 +1,1 @@
+"""Thin entry points; each ``python -m scripts.NAME --help`` lists its options."""

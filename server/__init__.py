@@ -1,0 +1,1 @@
+"""The AI cloud: ``python -m server kit=KITS/cloud``."""
