@@ -100,10 +100,10 @@ class PartitionConfig:
 
 @dataclass
 class ModelConfig:
-    """The classifier; ``input_size`` null takes the restored images as they are."""
+    """The classifier; restored images are reduced to ``input_size`` (null: never; smaller ones stay)."""
 
     name: str = "cnn"
-    input_size: int | None = None
+    input_size: int | None = 64
 
 
 @dataclass

@@ -78,8 +78,8 @@ def restore_split(
     split
         "train" or "test".
     input_size
-        Side of the classifier's input in pixels, by exact area averages; None keeps the images' size, which
-        must then be the same for all.
+        Side of the classifier's input in pixels, by exact area averages. Smaller images are not enlarged;
+        None keeps every size. All images must end at one size.
     order
         ``denoise_first``: the denoiser sees the wire image, as the paper has it.
     on_corrupt
@@ -170,7 +170,7 @@ def _open(
 
 
 def _reduce(image: NDArray[np.float32], side: int | None) -> NDArray[np.float32]:
-    if side is None or image.shape == (side, side):
+    if side is None or max(image.shape) <= side:
         return np.asarray(image, dtype=np.float32)
     floats = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
     return np.asarray(floats.resize((side, side), Image.Resampling.BOX), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def run_server(cfg: DictConfig) -> None:
     out = output_dir()
     progress = Progress(CLOUD)
     strategy = cloud_strategy(kit, config, out / CLOUD, on_event=progress)
+    _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         try:
             run_cloud(
@@ -91,6 +93,7 @@ def run_client(cfg: DictConfig) -> None:
 
     out = output_dir()
     progress = Progress(kit.name)
+    _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         with interruptible():
             site = prepare_site(
@@ -109,3 +112,8 @@ def run_client(cfg: DictConfig) -> None:
         )
     site.session.refuse_if_halted()
     progress(f"the run is over; model: {site.model_file}")
+
+
+def _quieten_flower() -> None:
+    """Keep Flower's own lines off the terminal; flwr sets its level when it is imported, so after that."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
