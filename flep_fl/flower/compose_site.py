@@ -18,7 +18,8 @@ from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.restore import RestoredSplit, restore_split
 from flep_fl.data_analyst.source import LocalArchive, describe, unlock
 from flep_fl.data_analyst.train import evaluate, train_local
-from flep_fl.data_security.pipeline import ThreeLayerCipher
+from flep_fl.data_security.presets import build_cipher
+from flep_fl.data_security.restoring import require_order
 from flep_fl.flower.models import write_model
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey
@@ -90,18 +91,25 @@ def prepare_site(
     ------
     ArchiveError, RecordError, EnvelopeError, WrongImageKeyError, HaltedError, KitError
         When the archive or the kit cannot be used.
+    TargetError, CipherParameterError
+        When this site does not allow or have the cipher that the bundle names, or it cannot follow
+        ``restore.order``.
     """
     session_factory = _session_factory(kit, config, state or kit.folder / "state")
     source = LocalArchive(archive, site=kit.name, owner_public_key=kit.federation.owner_verify_key)
     bundle = unlock(source, kit.decryption_key.private_bytes_raw())
     description = describe(source, bundle)
+    # The bundle says which cipher sealed the images; what may be imported for it is this site's own say.
+    cipher = build_cipher(bundle, allow_targets=config.allow_targets)
+    order = restore_order(config)
+    require_order(cipher, order)
     restore = partial(
         restore_split,
         source,
-        cipher=ThreeLayerCipher(bundle),
+        cipher=cipher,
         bundle=bundle,
-        denoise=image_denoiser(config, bundle),
-        order=restore_order(config),
+        denoise=image_denoiser(config, bundle, cipher),
+        order=order,
         input_size=config.model.input_size,
     )
     data = _AnalystData(restore(split="train"), restore(split="test"), description)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from flep_fl.config import Config, adopt_kit, to_config
+from flep_fl.contracts.errors import IdleTimeoutError
 from flep_fl.entry import output_dir, require
 from flep_fl.provision.kits import CLOUD, Federation, load_cloud_kit, load_site_kit
 from flep_fl.reporting.console import Progress, print_table
@@ -99,17 +100,23 @@ def run_client(cfg: DictConfig) -> None:
             site = prepare_site(
                 kit, config, Path(config.archive), out / "sites" / kit.name, on_event=progress
             )
-        run_site(
-            site.app,
-            cloud=config.runtime.address,
-            site=kit.name,
-            home=out / "sites" / kit.name / "flower",
-            done=lambda: site.finished(wait=config.runtime.wait),
-            stop=stop,
-            idle_timeout=config.runtime.idle_timeout,
-            node_config={},
-            log=progress,
-        )
+        try:
+            run_site(
+                site.app,
+                cloud=config.runtime.address,
+                site=kit.name,
+                home=out / "sites" / kit.name / "flower",
+                done=lambda: site.finished(wait=config.runtime.wait),
+                stop=stop,
+                idle_timeout=config.runtime.idle_timeout,
+                node_config={},
+                log=progress,
+            )
+        except IdleTimeoutError:
+            # A site that waits for further runs ends in good order once it has seen one to its end.
+            if not (config.runtime.wait and site.session.closed):
+                raise
+            progress(f"no further run within {config.runtime.idle_timeout:g} s")
     site.session.refuse_if_halted()
     progress(f"the run is over; model: {site.model_file}")
 

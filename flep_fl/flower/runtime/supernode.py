@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry import RetryInvoker, exponential, http_retry
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 from flep_fl.flower.runtime.timing import NODE_POLL, RECONNECT_LIMIT, REPLY_POLL, shorten_node_heartbeat
@@ -95,6 +95,19 @@ def _announcing_delivery(upstream: Callable[..., None], tell: Tell) -> Callable[
     return push
 
 
+def _leave_at_once() -> SimpleNamespace:
+    """Return what the retrying client takes for the ``os`` module: an unknown node ends, with status 0.
+
+    Upstream sends itself a SIGINT when the SuperLink answers 401 (it was restarted and does not know this
+    node). Its threads may do so twice, and a second one breaks the orderly exit of the first for ever.
+    """
+
+    def leave(_pid: int, _signal: int) -> None:
+        os._exit(0)
+
+    return SimpleNamespace(kill=leave, getpid=os.getpid)
+
+
 def _serve_on(listener: socket.socket) -> SimpleNamespace:
     """Return what the SuperNode command takes for the ``uvicorn`` module: it serves our listener."""
 
@@ -124,6 +137,8 @@ def main() -> None:
     loop.time = _quick_clock()
     loop._init_connection = _announcing_connection(loop._init_connection, tell)
     loop._push_messages = _announcing_delivery(loop._push_messages, tell)
+    retrying: Any = http_retry
+    retrying.os = _leave_at_once()
     connection: Any = fleet_http_connection
     connection.make_simple_http_retry_invoker = _patient_but_quick(connection.make_simple_http_retry_invoker)
     command: Any = importlib.import_module(
