@@ -1,0 +1,1 @@
+"""Denoisers: restoring images whose noise nobody can subtract exactly."""

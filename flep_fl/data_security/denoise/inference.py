@@ -1,0 +1,151 @@
+"""Running a denoising network on whole images, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flep_fl.contracts.errors import ConfigError, ImageFormatError
+from flep_fl.contracts.ports import Denoise
+from flep_fl.data_security.denoise.capability import select_device, select_dtype
+from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
+
+FloatImages = NDArray[np.float32]
+
+DEFAULT_TILE = 512
+"""Side of a tile; an image up to this size is denoised whole."""
+
+DEFAULT_PIXELS = 1 << 16
+"""Pixels that go through the network at once: a layer of 64 maps takes 256 bytes a pixel in float32, and a
+batch that leaves the processor's cache takes about twice as long there."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One tile along one axis: what is read, and which part of the answer is kept."""
+
+    read: slice
+    keep: slice
+    write: slice
+
+
+def _spans(length: int, tile: int, overlap: int) -> Iterator[_Span]:
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
+        low, high = max(start - overlap, 0), min(stop + overlap, length)
+        yield _Span(slice(low, high), slice(start - low, stop - low), slice(start, stop))
+
+
+def network_denoiser(
+    model: DnCNN,
+    *,
+    gain: float = 1.0,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    tile: int = DEFAULT_TILE,
+    pixels: int = DEFAULT_PIXELS,
+) -> Denoise:
+    """Wrap a network as a :data:`~flep_fl.contracts.ports.Denoise` function.
+
+    Parameters
+    ----------
+    model
+        The network; batch normalisation is folded here. It is copied, not kept.
+    gain
+        Factor on the intensities before the network, undone after it (noise levels near the trained one).
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    dtype
+        Arithmetic of the convolutions; bfloat16 where the hardware has it when None. The noise is
+        subtracted in float32 in any case.
+    threads
+        Threads of PyTorch during a call, set back after it; None leaves the process's setting alone.
+    tile
+        Larger images are cut in squares of this side, each read with a border of ``depth`` pixels, the reach
+        of the receptive field: the result is that of the whole image.
+    pixels
+        Upper limit of pixels in one pass through the network (at least one image or tile).
+
+    Returns
+    -------
+    Denoise
+        ``(N, H, W)`` float32, 0..255 scale, to the same, not clipped. Raises ``ImageFormatError`` for
+        other shapes or dtypes and for values that are not finite.
+    """
+    if threads is not None and threads < 1:
+        raise ConfigError("The denoiser needs a thread", expected="threads >= 1", found=threads)
+    place = select_device(device)
+    kind = select_dtype(place) if dtype is None else dtype
+    reach = model.depth
+    network = fold_batch_norm(model).to(device=place, dtype=kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    body: Callable[[torch.Tensor], torch.Tensor] = network.body
+    factor = gain / 255.0
+
+    def denoise_tile(images: FloatImages) -> FloatImages:
+        source = torch.from_numpy(np.ascontiguousarray(images))[:, None].to(place)
+        inputs = (source * factor).to(dtype=kind).contiguous(memory_format=torch.channels_last)
+        noise = body(inputs).to(torch.float32) / factor
+        result: FloatImages = (source - noise)[:, 0].cpu().numpy()
+        return result
+
+    def denoise(images: FloatImages) -> FloatImages:
+        check_images(images)
+        result = np.empty(images.shape, dtype=np.float32)
+        for rows in _spans(images.shape[1], tile, reach):
+            for columns in _spans(images.shape[2], tile, reach):
+                area = (rows.read.stop - rows.read.start) * (columns.read.stop - columns.read.start)
+                step = max(1, pixels // area)
+                for start in range(0, images.shape[0], step):
+                    batch = slice(start, start + step)
+                    clean = denoise_tile(images[batch, rows.read, columns.read])
+                    result[batch, rows.write, columns.write] = clean[:, rows.keep, columns.keep]
+        return result
+
+    def call(images: FloatImages) -> FloatImages:
+        before = torch.get_num_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                return denoise(images)
+        finally:
+            if threads is not None:
+                torch.set_num_threads(before)
+
+    return call
+
+
+def check_images(images: FloatImages) -> None:
+    """Raise ``ImageFormatError`` unless ``images`` is a finite, non-empty ``(N, H, W)`` float32 array."""
+    if not isinstance(images, np.ndarray) or images.ndim != 3 or images.dtype != np.float32:
+        found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise ImageFormatError(
+            "The denoiser cannot take this array", expected="float32 (N, H, W)", found=found
+        )
+    if 0 in images.shape[1:]:
+        raise ImageFormatError("The denoiser got an image without pixels", found=str(images.shape))
+    if not np.isfinite(images).all():
+        raise ImageFormatError("The denoiser got values that are not finite", expected="finite values")
+
+
+def psnr(clean: NDArray[np.generic], image: NDArray[np.generic]) -> float:
+    """Peak signal-to-noise ratio in dB for a peak of 255, not clipped."""
+    error = np.mean((clean.astype(np.float64) - image.astype(np.float64)) ** 2)
+    return float(10.0 * np.log10(255.0**2 / error)) if error else float("inf")
+
+
+def mean_psnr(denoise: Denoise, images: list[NDArray[np.uint8]], std: float, *, seed: int = 0) -> float:
+    """Mean PSNR in dB over ``images`` with white Gaussian noise of ``std`` (float, not clipped) removed.
+
+    Image ``i`` gets the noise of ``numpy.random.default_rng([seed, i])``.
+    """
+    values = []
+    for index, image in enumerate(images):
+        noise = np.random.default_rng([seed, index]).standard_normal(image.shape) * std
+        values.append(psnr(image, denoise((image + noise).astype(np.float32)[None])[0]))
+    return float(np.mean(values))
