@@ -47,28 +47,39 @@ def hydra_entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
 
 
 def run_entry(function: Callable[[DictConfig], None], config_name: str) -> int:
-    """Run ``function`` under hydra and return the exit code."""
+    """Run ``function`` under hydra, once per job of a sweep, and return the exit code.
+
+    A job of a sweep that fails is reported and the others go on; the exit code is that of the first.
+    """
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        # Reported here: what leaves the job would get hydra's own line on top of ours.
+        try:
+            function(cfg)
+        except FlepError as exc:
+            codes.append(_report(exc))
+        except OmegaConfBaseException as exc:
+            codes.append(_report(_as_config_error(exc)))
+
     # hydra prints and exits on its own unless told to raise; we want our one-line errors.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register()
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(function)()
-    except ConfigError as exc:
-        return _report(exc, EXIT_CONFIG)
-    except FlepError as exc:
-        return _report(exc, EXIT_FAILED)
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as exc:
-        return _report(_as_config_error(exc), EXIT_CONFIG)
+        return _report(_as_config_error(exc))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
-    return 0
+    return codes[0] if codes else 0
 
 
-def _report(error: FlepError, code: int) -> int:
+def _report(error: FlepError) -> int:
+    """Print one line on standard error; return the exit code."""
     sys.stdout.flush()
     print(f"error ({type(error).__name__}): {error}", file=sys.stderr)  # noqa: T201
-    return code
+    return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
 
 
 def _as_config_error(exc: Exception) -> ConfigError:
