@@ -17,11 +17,20 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from flep_fl.contracts.differences import differences
 from flep_fl.contracts.errors import ConfigError, ConfigMismatchError
+from flep_fl.contracts.targets import is_allowed
 from flep_fl.model_security.profiles import check_federation, get_profile
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 """Where the YAML groups live."""
+
+WIRE_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 32)
+"""Bits that a wire coefficient may have."""
+
+ADDITIVE_NOISE = ("gaussian", "laplacian", "rayleigh")
+NOISE_FAMILIES = (*ADDITIVE_NOISE, "rician", "poisson_gaussian", "salt_and_pepper")
+"""Families of noise; only additive ones can be taken off again with a key."""
 
 SHARED_SECTIONS = ("seed", "cloud", "ckks", "model", "train", "federation", "denoiser", "restore")
 """Sections that every party of a federation must hold alike; they travel in the startup kit."""
@@ -36,24 +45,36 @@ class CloudConfig:
 
 @dataclass
 class CipherConfig:
-    """The image cipher; ``layers`` drops or keeps single layers (null: those of the preset)."""
+    """The image cipher; ``layers`` drops or keeps single layers (null: those of the preset).
+
+    ``alpha`` and ``bits`` are one number, or four for the sub-bands LL, LH, HL, HH; ``bits`` null: those of
+    the preset.
+    """
 
     name: str = "flep"
     layers: list[str] | None = None
     block_side: int = 2
     wavelet: str = "haar"
-    alpha: float = 0.5
-    bits: int = 8
+    alpha: Any = 0.5
+    bits: Any = None
 
 
 @dataclass
 class NoiseConfig:
-    """Additive noise; mean and standard deviation in image units of the 8-bit scale."""
+    """Noise; mean and standard deviation in grey levels of the 8-bit scale.
+
+    ``units``: ``image`` (what the analyst's image shows) or ``wire``; null: those of the cipher's preset.
+    ``gain`` (grey levels per photon) is for poisson_gaussian, ``amount`` and ``salt`` for salt_and_pepper.
+    """
 
     family: str = "gaussian"
     mean: float = 0.0
     std: float = 25.0
     recovery: str = "denoise"
+    gain: float = 1.0
+    amount: float = 0.05
+    salt: float = 0.5
+    units: str | None = None
 
 
 @dataclass
@@ -187,7 +208,7 @@ def to_config(cfg: DictConfig) -> Config:
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str], allow_targets: Sequence[str] = ()) -> None:
-    if value in allowed or any(value.startswith(prefix) for prefix in allow_targets):
+    if value in allowed or is_allowed(value, allow_targets):
         return
     close = difflib.get_close_matches(value, allowed, n=1)
     hint = f"Did you mean {name}={close[0]}" if close else f"Set {name} to one of them"
@@ -212,11 +233,21 @@ def check(config: Config) -> None:
         When the CKKS profile cannot hold this federation.
     """
     targets = config.allow_targets
+    _require(
+        0 <= config.seed < 2**32, f"seed={config.seed} is out of range", "Set seed to 0 or more, below 2**32"
+    )
+    _require(
+        not config.sites or len(config.sites) == config.federation.sites,
+        f"sites names {len(config.sites)} sites and federation.sites={config.federation.sites}",
+        "Give one of the two, or make them agree",
+    )
     _one_of("cloud", config.cloud.trust, ("untrusted", "trusted", "open"))
     _one_of("cipher.name", config.cipher.name, ("flep", "paper", "aead", "none"), targets)
     for layer in config.cipher.layers or ():
         _one_of("cipher.layers", layer, ("scramble", "encode", "noise", "mask", "envelope"))
-    _one_of("noise.family", config.noise.family, ("gaussian",), targets)
+    _one_of("noise.family", config.noise.family, NOISE_FAMILIES, targets)
+    if config.noise.units is not None:
+        _one_of("noise.units", config.noise.units, ("image", "wire"))
     _one_of("noise.recovery", config.noise.recovery, ("denoise", "keyed"))
     _one_of("restore.order", config.restore.order, ("restore_first", "denoise_first"))
     _one_of("denoiser", config.denoiser.name, ("dncnn9", "none"), targets)
@@ -231,6 +262,18 @@ def check(config: Config) -> None:
     _check_federation(config)
 
 
+def _per_band(name: str, value: Any) -> list[Any]:
+    """Return one number, or four for the sub-bands, as a list."""
+    if not isinstance(value, list | tuple):
+        return [value]
+    _require(
+        len(value) == 4,
+        f"{name}={value} has the wrong length",
+        f"Set {name} to one number, or to four: [LL,LH,HL,HH]",
+    )
+    return list(value)
+
+
 def _check_images(config: Config) -> None:
     noise, cipher, data = config.noise, config.cipher, config.data
     _require(
@@ -241,19 +284,35 @@ def _check_images(config: Config) -> None:
     _require(
         math.isfinite(noise.mean), f"noise.mean={noise.mean} is not finite", "Set noise.mean to a number"
     )
-    _require(
-        0 < cipher.alpha <= 1,
-        f"cipher.alpha={cipher.alpha} is outside (0, 1]",
-        "Set cipher.alpha above 0 and at most 1 (1: the secret image plays no part)",
-    )
+    for alpha in _per_band("cipher.alpha", cipher.alpha):
+        _require(
+            type(alpha) in (int, float) and 0 < alpha <= 1,
+            f"cipher.alpha={cipher.alpha} is outside (0, 1]",
+            "Set cipher.alpha above 0 and at most 1 (1: the secret image plays no part)",
+        )
     _require(
         cipher.block_side >= 1,
         f"cipher.block_side={cipher.block_side} is not a block size",
         "Set cipher.block_side to 1 or more; 2 is the default",
     )
+    for bits in [] if cipher.bits is None else _per_band("cipher.bits", cipher.bits):
+        _require(
+            type(bits) is int and bits in WIRE_BITS,
+            f"cipher.bits={cipher.bits} is not supported",
+            "Set cipher.bits to 8 or 16, or use others of " + ", ".join(map(str, WIRE_BITS)),
+        )
     _require(
-        cipher.bits in (8, 16), f"cipher.bits={cipher.bits} is not supported", "Set cipher.bits to 8 or 16"
+        noise.recovery != "keyed" or noise.family not in NOISE_FAMILIES[len(ADDITIVE_NOISE) :],
+        f"noise.recovery=keyed cannot be supported for noise.family={noise.family}: it depends on the pixel",
+        "Set noise.recovery=denoise, or noise.family to one of " + ", ".join(ADDITIVE_NOISE),
     )
+    _require(
+        0.01 <= noise.gain <= 255,
+        f"noise.gain={noise.gain} is outside 0.01..255",
+        "Set noise.gain to grey levels per photon; 1 is the default",
+    )
+    for name, share in (("noise.amount", noise.amount), ("noise.salt", noise.salt)):
+        _require(0 <= share <= 1, f"{name}={share} is not a share", f"Set {name} between 0 and 1")
     for name, size in (("data.image_size", data.image_size), ("model.input_size", config.model.input_size)):
         _require(
             size is None or size >= 1,
@@ -276,7 +335,7 @@ def _check_images(config: Config) -> None:
         "Add data.path=FOLDER, a folder with one sub-folder per class",
     )
     _require(
-        config.partition.alpha > 0,
+        config.partition.alpha > 0 and math.isfinite(config.partition.alpha),
         f"partition.alpha={config.partition.alpha} is not positive",
         "Set partition.alpha above 0; small values give unequal sites",
     )
@@ -386,17 +445,6 @@ def shared_digest(shared: Mapping[str, Any]) -> str:
 def canonical_json(value: Any) -> bytes:
     """Serialise JSON with sorted keys, no spaces and ASCII only."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def differences(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Name every leaf in which two nested mappings differ, as ``(field, ours, theirs)``."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        found: list[tuple[str, Any, Any]] = []
-        for key in sorted({*ours, *theirs}):
-            name = f"{prefix}.{key}" if prefix else str(key)
-            found += differences(ours.get(key), theirs.get(key), name)
-        return found
-    return [] if ours == theirs else [(prefix, ours, theirs)]
 
 
 def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, we: str, they: str) -> None:

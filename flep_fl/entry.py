@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flep_fl.config import CONFIG_DIR, register
-from flep_fl.contracts.errors import ConfigError, FlepError
+from flep_fl.config import CONFIG_DIR, Config, adopt_kit, register, to_config
+from flep_fl.contracts.errors import ConfigError, ConfigMismatchError, FlepError
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -61,6 +61,8 @@ def run_entry(function: Callable[[DictConfig], None], config_name: str) -> int:
             codes.append(_report(exc))
         except OmegaConfBaseException as exc:
             codes.append(_report(_as_config_error(exc)))
+        except OSError as exc:
+            codes.append(_report(_as_file_error(exc)))
 
     # hydra prints and exits on its own unless told to raise; we want our one-line errors.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -80,6 +82,14 @@ def _report(error: FlepError) -> int:
     sys.stdout.flush()
     print(f"error ({type(error).__name__}): {error}", file=sys.stderr)  # noqa: T201
     return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+def _as_file_error(exc: OSError) -> FlepError:
+    """Name the file; a disk that is full or a folder that may not be written ends in one line too."""
+    return FlepError(
+        f"{exc.filename or 'A file or socket'}: {exc.strerror or exc}",
+        remedy="Check the path, its permissions and the free space",
+    )
 
 
 def _as_config_error(exc: Exception) -> ConfigError:
@@ -108,3 +118,37 @@ def require(cfg: DictConfig, name: str, example: str) -> None:
 def output_dir() -> Path:
     """Return hydra's output directory of the current job, an absolute path."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def kit_config(cfg: DictConfig, shared: Mapping[str, Any], address: str) -> Config:
+    """Merge the command line with a kit: what all parties share, and the cloud's address, come from the kit.
+
+    Parameters
+    ----------
+    cfg
+        What hydra composed.
+    shared, address
+        The kit's shared settings and address.
+
+    Raises
+    ------
+    ConfigMismatchError
+        When the command line contradicts the kit.
+    """
+    overrides = list(HydraConfig.get().overrides.task)
+    given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if "experiment" in given:
+        raise ConfigMismatchError(
+            "experiment= sets what all parties share, and that is fixed by the kit",
+            remedy="Give experiment= to `python -m scripts.provision`",
+        )
+    if "cipher" in given and cfg.restore.order != shared["restore"]["order"]:
+        raise ConfigMismatchError(
+            f"cipher={cfg.cipher.name} is restored in the order {cfg.restore.order}, and the kits say "
+            f"{shared['restore']['order']}",
+            remedy=f"Give cipher={cfg.cipher.name} to `python -m scripts.provision` as well",
+        )
+    merged = adopt_kit(cfg, shared, overrides)
+    if "runtime.address" not in given:
+        merged.runtime.address = address
+    return to_config(merged)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from flep_fl.entry import hydra_entry, require
@@ -12,12 +13,15 @@ def main(cfg: DictConfig) -> None:
     """Make the kits of a new federation."""
     from flep_fl.config import shared_part, to_config
     from flep_fl.provision.kits import create_kits
-    from flep_fl.reporting.console import say
+    from flep_fl.reporting.console import say, warn_few_contributors
 
     require(cfg, "out", "kits")
     require(cfg, "sites", "'[a,b,c]'")
-    cfg.federation.sites = len(cfg.sites)
+    counted = any(o.startswith("federation.sites=") for o in HydraConfig.get().overrides.task)
+    if not counted:
+        cfg.federation.sites = len(cfg.sites)
     config = to_config(cfg)
+    warn_few_contributors(config.federation.min_contributors, say)
     folders = create_kits(shared_part(config), config.sites, Path(config.out), address=config.runtime.address)
     say(f"made {len(folders)} kits for cloud={config.cloud.trust}:")
     for folder in folders:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from flep_fl.contracts.errors import PUBLIC_CODES, RoundTimeoutError, SiteLostError
-from flep_fl.contracts.protocol import ERROR
+from flep_fl.contracts.errors import PUBLIC_CODES, MalformedUpdateError, RoundTimeoutError, SiteLostError
+from flep_fl.contracts.protocol import ERROR, FLEP_RECORD, OK
 
 POLL_SECONDS = 0.1
 NODE_CHECK_SECONDS = 1.0
@@ -64,6 +64,17 @@ def exchange(
                     yield node, None, SiteLostError.code
         if not arrived and pending:
             time.sleep(POLL_SECONDS)
+
+
+def reply_status(reply: Message) -> str:
+    """Return ``ok`` or the reason code of a reply; free text from a site is never passed on."""
+    record = reply.content.get(FLEP_RECORD)
+    if not isinstance(record, ConfigRecord):
+        return MalformedUpdateError.code
+    status = record.get("status")
+    if not isinstance(status, str):
+        return MalformedUpdateError.code
+    return status if status == OK or status in PUBLIC_CODES else ERROR
 
 
 def _reason(reply: Message) -> str:

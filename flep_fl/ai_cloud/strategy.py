@@ -19,11 +19,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from flep_fl.ai_cloud.exchange import exchange
+from flep_fl.ai_cloud.exchange import exchange, reply_status
+from flep_fl.ai_cloud.members import Member, Members
 from flep_fl.contracts.errors import (
-    PUBLIC_CODES,
     FlepError,
-    LayoutError,
     MalformedUpdateError,
     QuorumError,
     SignatureError,
@@ -49,7 +48,6 @@ from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.seal import (
     Expectation,
     SealedUpdate,
-    open_control,
     open_update,
     seal_control,
     seal_sum,
@@ -58,9 +56,10 @@ from flep_fl.model_security.seal import (
 
 _LOG = logging.getLogger(__name__)
 
-HELLO_SECONDS = 60.0
-CLOSE_SECONDS = 120.0
 CLOSE_GRACE_SECONDS = 10.0
+"""How long the closing message waits for a site that is away for a moment."""
+
+_OWN_LOOP = "EncryptedFedAvg adds replies one by one and sends each sum once: use start()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,6 @@ class Terms:
     round_timeout: float
 
 
-@dataclass(slots=True)
-class _Member:
-    """A site that said hello, and the digest of the sum that it has."""
-
-    site: str
-    has_sum: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class _SealedSum:
     """The last accepted sum, ready for delivery."""
@@ -125,8 +116,8 @@ class EncryptedFedAvg(Strategy):
     on_sum
         Called with ``(round, sum payload, layout)`` after each accepted sum; a trusted cloud is wired to
         open it there.
-    on_round
-        Called with each :class:`~flep_fl.contracts.records.RoundRecord` once it is complete.
+    on_change
+        Called with all rounds so far after each of them; a later one completes the evaluation of an earlier.
     on_event
         Called with one line of progress at a time.
     message_bytes
@@ -141,25 +132,28 @@ class EncryptedFedAvg(Strategy):
         *,
         message_bytes: Callable[[Message], int],
         on_sum: Callable[[int, bytes, ModelLayout], None] | None = None,
-        on_round: Callable[[RoundRecord], None] | None = None,
+        on_change: Callable[[list[RoundRecord]], None] | None = None,
         on_event: Callable[[str], None] | None = None,
     ) -> None:
         self.terms = terms
         self.run = secrets.token_hex(16)
         self.rounds: list[RoundRecord] = []
-        self.parameters = 0
         self._signing_key = signing_key
         self._make_adder = make_adder
         self._message_bytes = message_bytes
         self._on_sum = on_sum
-        self._on_round = on_round or (lambda _: None)
+        self._on_change = on_change or (lambda _: None)
         self._say = on_event or _LOG.info
-        self._members: dict[int, _Member] = {}
-        self._refused: dict[int, str] = {}
-        self._joined: set[str] = set()
-        self._layout: ModelLayout | None = None
+        self.closing_failures: list[SiteFailure] = []
+        self._evaluations: dict[int, dict[str, Mapping[str, float]]] = {}
+        self.members = Members(self.run, terms.site_keys, self._hello, self._say)
         self._sum: _SealedSum | None = None
         self._record = RoundRecord(0)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the model; 0 before the first site has joined."""
+        return self.members.layout.size if self.members.layout else 0
 
     # --- Flower's strategy interface -----------------------------------------------------------
 
@@ -173,27 +167,24 @@ class EncryptedFedAvg(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return the round's training messages; ``arrays`` and ``config`` are not used."""
-        return self._messages("round", server_round, self._sample(grid)).values()
+        """Not used: :meth:`start` has its own loop."""
+        raise NotImplementedError(_OWN_LOOP)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Add the updates in ``replies`` and return the sealed sum, or None below the quorum."""
-        self._aggregate((reply.metadata.src_node_id, reply, "") for reply in replies)
-        if self._sum is None or self._sum.round != server_round:
-            return None, None
-        return _payload_record(self._sum.blob), MetricRecord()
+        """Not used: :meth:`start` has its own loop."""
+        raise NotImplementedError(_OWN_LOOP)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Return nothing: analysts evaluate what they receive with the next instruction."""
-        return []
+        """Not used: analysts evaluate what they receive with the next instruction."""
+        raise NotImplementedError(_OWN_LOOP)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing, as nothing was asked."""
-        return None
+        """Not used: analysts evaluate what they receive with the next instruction."""
+        raise NotImplementedError(_OWN_LOOP)
 
     def start(
         self,
@@ -217,19 +208,18 @@ class EncryptedFedAvg(Strategy):
             When too few sites say hello, or no round reaches the quorum.
         """
         self.summary()
-        self._gather(grid)
+        self.members.gather(grid, quorum=self.terms.quorum, timeout=self.terms.round_timeout)
         for number in range(1, self.terms.rounds + 1):
-            self._welcome(grid)
             self._record = RoundRecord(number)
             self.rounds.append(self._record)
-            self._say(f"round {number}/{self.terms.rounds}: training")
-            messages = self._messages("round", number, self._sample(grid))
-            self._account_down(messages)
-            self._aggregate(exchange(grid, messages, timeout=self.terms.round_timeout))
-            if number > 1:
-                self._on_round(self.rounds[number - 2])
+            if self._enough_sites(grid):
+                self._say(f"round {number}/{self.terms.rounds}: training")
+                messages = self._messages("round", number, self._sample())
+                self._account_down(messages)
+                self._aggregate(exchange(grid, messages, timeout=self.terms.round_timeout))
+            self._on_change(self.rounds)
         self._close(grid)
-        self._on_round(self.rounds[-1])
+        self._on_change(self.rounds)
         if self._sum is None:
             raise QuorumError(
                 "No round reached the quorum",
@@ -239,98 +229,27 @@ class EncryptedFedAvg(Strategy):
             )
         return Result()
 
-    # --- members ---------------------------------------------------------------------------------
-
-    def _gather(self, grid: Grid) -> None:
-        """Wait until every site of the kit said hello, or for ``round_timeout`` seconds."""
-        deadline = time.monotonic() + self.terms.round_timeout
-        wanted = set(self.terms.site_keys)
-        self._say(f"waiting for {len(wanted)} sites")
-        while time.monotonic() < deadline and not self._all_decided(wanted):
-            if not self._welcome(grid):
-                time.sleep(0.2)
-        present = {member.site for member in self._members.values()}
-        if len(present) < self.terms.quorum:
-            missing = ", ".join(sorted(wanted - present)) or "none"
-            refused = ", ".join(sorted(set(self._refused.values())))
-            raise QuorumError(
-                f"Too few sites joined (missing: {missing}" + (f"; refused: {refused})" if refused else ")"),
+    def _enough_sites(self, grid: Grid) -> bool:
+        """Wait until a quorum of sites is here; a round that cannot succeed is not opened."""
+        if self.members.wait_for(grid, quorum=self.terms.quorum, timeout=self.terms.round_timeout):
+            return True
+        self._fail(
+            QuorumError(
+                f"Round {self._record.round} was not opened: too few sites are connected",
                 expected=f"at least federation.quorum={self.terms.quorum}",
-                found=len(present),
-                remedy="Start the missing sites with `python -m clients`, or raise federation.round_timeout",
+                found=len(self.members.present),
             )
+        )
+        return False
 
-    def _all_decided(self, wanted: set[str]) -> bool:
-        present = {member.site for member in self._members.values()}
-        # A refused node said what it was refused for, and does not come back as somebody else.
-        return len(present) + len(self._refused) >= len(wanted)
+    def _fail(self, error: FlepError) -> None:
+        """Record that the current round gave no sum; the last good one stays."""
+        self._record.error = error.code
+        self._say(f"{type(error).__name__}: {error}")
 
-    def _welcome(self, grid: Grid) -> int:
-        """Shake hands with every node that is new; return how many joined."""
-        online = set(grid.get_node_ids())
-        for gone in set(self._members) - online:
-            self._say(f"site {self._members[gone].site} left")
-            del self._members[gone]
-        for gone in set(self._refused) - online:
-            del self._refused[gone]
-        new = sorted(online - set(self._members) - set(self._refused))
-        if not new:
-            return 0
-        instruction = self._instruction("hello", 0)
-        messages = {node: self._message(HELLO, instruction, node) for node in new}
-        joined = 0
-        for node, reply, reason in exchange(grid, messages, timeout=HELLO_SECONDS):
-            try:
-                joined += self._admit(node, reply, reason)
-            except FlepError as exc:
-                self._refused[node] = exc.code
-                self._say(f"a node was refused: {exc}")
-        return joined
-
-    def _admit(self, node: int, reply: Message | None, reason: str) -> bool:
-        if reply is not None:
-            status = _status(reply)
-            if status != OK:
-                reason = status
-        if reply is None or reason:
-            self._refused[node] = reason
-            self._say(f"a node was refused: reason {reason}")
-            return False
-        site, layout = self._identify(reply)
-        if any(member.site == site for member in self._members.values()):
-            raise SignatureError(
-                f"Site {site} is connected twice", remedy="Run `python -m clients` once per kit"
-            )
-        if self._layout is None:
-            self._layout = layout
-            self.parameters = layout.size
-        elif layout.digest != self._layout.digest:
-            raise LayoutError(
-                f"Site {site} has another model than the sites before it",
-                expected=f"layout {self._layout.digest[:12]} with {self._layout.size} weights",
-                found=f"layout {layout.digest[:12]} with {layout.size} weights",
-                remedy="Seal all archives from one data set, and use one release on every site",
-            )
-        self._members[node] = _Member(site)
-        self._joined.add(site)
-        self._say(f"site {site} joined ({len(self._members)}/{len(self.terms.site_keys)})")
-        return True
-
-    def _identify(self, reply: Message) -> tuple[str, ModelLayout]:
-        """Verify the signed introduction in a hello reply."""
-        blob = reply.content[FLEP_RECORD].get("identity")
-        claimed = reply.content[FLEP_RECORD].get("site")
-        key = self.terms.site_keys.get(claimed) if isinstance(claimed, str) else None
-        if key is None or not isinstance(claimed, str) or not isinstance(blob, bytes):
-            raise SignatureError("A node introduced itself as a site that is not in the kit")
-        identity = open_control(blob, key)
-        if identity.get("run") != self.run or identity.get("site") != claimed:
-            raise StaleUpdateError(f"Site {claimed} sent the introduction of another run")
-        return claimed, ModelLayout.from_json(str(identity.get("layout")))
-
-    def _sample(self, grid: Grid) -> dict[int, _Member]:
+    def _sample(self) -> dict[int, Member]:
         """Choose ``ceil(fraction * sites)`` of the members at random."""
-        members = sorted(self._members.items(), key=lambda item: item[1].site)
+        members = sorted(self.members.present.items(), key=lambda item: item[1].site)
         wanted = -int(-(self.terms.fraction * len(self.terms.site_keys) - 1e-9) // 1)
         if wanted >= len(members):
             return dict(members)
@@ -338,7 +257,10 @@ class EncryptedFedAvg(Strategy):
 
     # --- messages --------------------------------------------------------------------------------
 
-    def _instruction(self, kind: Kind, number: int) -> Instruction:
+    def _hello(self, node: int, challenge: str) -> Message:
+        return self._message(HELLO, self._instruction("hello", 0, challenge), node)
+
+    def _instruction(self, kind: Kind, number: int, challenge: str = "") -> Instruction:
         return Instruction(
             kind=kind,
             federation=self.terms.federation,
@@ -349,8 +271,9 @@ class EncryptedFedAvg(Strategy):
             previous=self._sum.digest if self._sum else "",
             sum_round=self._sum.round if self._sum else 0,
             config=self.terms.digest,
-            layout=self._layout.digest if self._layout else "",
+            layout=self.members.layout.digest if self.members.layout else "",
             shared=self.terms.shared if kind == "hello" else {},
+            challenge=challenge,
         )
 
     def _message(
@@ -362,7 +285,7 @@ class EncryptedFedAvg(Strategy):
             content[PAYLOAD_RECORD] = _payload_record(blob)
         return Message(content, node, message_type, group_id=str(instruction.round))
 
-    def _messages(self, kind: Kind, number: int, members: Mapping[int, _Member]) -> dict[int, Message]:
+    def _messages(self, kind: Kind, number: int, members: Mapping[int, Member]) -> dict[int, Message]:
         """Make the members' messages; the last sum goes only to those who do not have it."""
         instruction = self._instruction(kind, number)
         message_type = CLOSE if kind == "close" else MessageType.TRAIN
@@ -379,54 +302,74 @@ class EncryptedFedAvg(Strategy):
         record.bytes_down += sum(self._message_bytes(message) for message in messages.values())
 
     def _evaluated_round(self) -> RoundRecord:
-        """Return the record of the round whose model the sites hold now."""
-        return self.rounds[(self._sum.round if self._sum else 1) - 1]
+        """Return the record of the round whose model the sites hold; the current one before the first sum."""
+        return self.rounds[self._sum.round - 1] if self._sum else self._record
 
     # --- aggregation -----------------------------------------------------------------------------
 
     def _aggregate(self, replies: Iterable[tuple[int, Message | None, str]]) -> None:
         """Verify, add and drop each reply; seal the sum when the quorum is reached."""
-        record, evaluated = self._record, self._evaluated_round()
-        delivered = self._sum.digest if self._sum else ""
-        if self._layout is None:
+        record, evaluated, layout = self._record, self._evaluated_round(), self.members.layout
+        if layout is None:  # pragma: no cover - no round is opened before a site has joined
             raise QuorumError("No site said hello", remedy="Start the sites with `python -m clients`")
-        adder = self._make_adder(self._layout.size)
+        adder = self._make_adder(layout.size)
         contributions: list[SealedUpdate] = []
-        metrics: list[Mapping[str, float]] = []
         for node, reply, reason in replies:
-            member = self._members.get(node)
+            member = self.members.present.get(node)
             site = member.site if member else f"node {node}"
             try:
                 if reply is None or member is None:
                     raise _Refused(reason or ERROR)
-                record.bytes_up += self._message_bytes(reply)
-                measured = _metrics(reply)
-                if measured:
-                    metrics.append(measured)
-                    member.has_sum = delivered
-                status = _status(reply)
+                self._note(evaluated, member, reply)
+                status = reply_status(reply)
                 if status != OK:
                     raise _Refused(status)
                 started = time.perf_counter()
-                update = self._verify(reply, site, [c.header.sender for c in contributions])
+                update = self._verify(reply, site, layout, [c.header.sender for c in contributions])
                 adder.add(update.payload)
                 record.seconds["aggregate"] += time.perf_counter() - started
             except _Refused as exc:
-                record.failed.append(SiteFailure(site, exc.reason))
-                self._say(f"site {site} failed in round {record.round}: {exc.reason}")
+                self._note_failure(site, exc.reason)
             except FlepError as exc:
-                record.failed.append(SiteFailure(site, exc.code))
-                self._say(f"the update of site {site} was refused ({type(exc).__name__}): {exc}")
+                self._note_failure(site, exc.code, f" ({type(exc).__name__}): {exc}")
+            except Exception as exc:
+                # Whatever a reply was made to break, it breaks for its sender alone.
+                self._note_failure(site, MalformedUpdateError.code, f" ({type(exc).__name__})")
             else:
                 record.replied.append(site)
                 contributions.append(update.without_payload())
-        _average_metrics(evaluated, record, metrics)
-        self._finish(record, adder, contributions)
+        self._finish(adder, contributions, layout)
 
-    def _verify(self, reply: Message, site: str, seen: list[str]) -> SealedUpdate:
+    def _note(self, evaluated: RoundRecord, member: Member, reply: Message) -> None:
+        """Account for a reply: its size, its times, and what its site says of the model it received."""
+        record = self._record
+        record.bytes_up += self._message_bytes(reply)
+        figures = _metrics(reply)
+        if not figures:
+            return
+        record.seconds["train"] += figures.get("seconds_train", 0.0)
+        record.seconds["encrypt"] += figures.get("seconds_encrypt", 0.0)
+        self._note_evaluation(evaluated, member, figures)
+
+    def _note_evaluation(self, evaluated: RoundRecord, member: Member, figures: Mapping[str, float]) -> None:
+        """Fold one site's evaluation into the round that it is of; unweighted, as counts are private."""
+        if "seconds_decrypt" in figures:
+            member.has_sum = self._sum.digest if self._sum else ""
+            evaluated.seconds["decrypt"] += figures["seconds_decrypt"]
+        if not {"accuracy", "loss", "majority_accuracy"} <= set(figures):
+            return
+        known = self._evaluations.setdefault(evaluated.round, {})
+        known[member.site] = figures
+        evaluated.accuracy = _mean(f["accuracy"] for f in known.values())
+        evaluated.loss = _mean(f["loss"] for f in known.values())
+        evaluated.majority_accuracy = _mean(f["majority_accuracy"] for f in known.values())
+
+    def _note_failure(self, site: str, reason: str, details: str = "") -> None:
+        self._record.failed.append(SiteFailure(site, reason))
+        self._say(f"site {site} failed in round {self._record.round}: {reason}{details}")
+
+    def _verify(self, reply: Message, site: str, layout: ModelLayout, seen: list[str]) -> SealedUpdate:
         """Open an update and hold it against what this round expects of this site."""
-        if self._layout is None:  # pragma: no cover - checked by the caller
-            raise LayoutError("No layout is known")
         expected = Expectation(
             federation=self.terms.federation,
             run=self.run,
@@ -434,7 +377,7 @@ class EncryptedFedAvg(Strategy):
             round=self._record.round,
             attempt=1,
             previous=self._sum.digest if self._sum else "",
-            layout=self._layout.digest,
+            layout=layout.digest,
             profile=self.terms.profile,
             config=self.terms.digest,
             mode=self.terms.mode,
@@ -446,23 +389,29 @@ class EncryptedFedAvg(Strategy):
             raise StaleUpdateError(f"Site {site} sent two updates in one round")
         return update
 
-    def _finish(self, record: RoundRecord, adder: Adder, contributions: list[SealedUpdate]) -> None:
+    def _finish(self, adder: Adder, contributions: list[SealedUpdate], layout: ModelLayout) -> None:
+        """Seal the sum, or fail the round by name and keep the last good one."""
+        record = self._record
         if len(contributions) < self.terms.quorum:
-            error = QuorumError(
-                f"Round {record.round} has too few valid updates; the last good model is kept",
-                expected=f"at least federation.quorum={self.terms.quorum}",
-                found=len(contributions),
+            self._fail(
+                QuorumError(
+                    f"Round {record.round} has too few valid updates; the last good model is kept",
+                    expected=f"at least federation.quorum={self.terms.quorum}",
+                    found=len(contributions),
+                )
             )
-            record.error = error.code
-            self._say(f"QuorumError: {error}")
             return
         started = time.perf_counter()
         payload = adder.result()
         blob = seal_sum(contributions, payload, self._signing_key)
+        try:
+            if self._on_sum is not None:
+                self._on_sum(record.round, payload, layout)
+        except FlepError as exc:
+            self._fail(exc)
+            return
         record.seconds["aggregate"] += time.perf_counter() - started
         self._sum = _SealedSum(blob, sum_digest(blob), record.round)
-        if self._on_sum is not None and self._layout is not None:
-            self._on_sum(record.round, payload, self._layout)
 
     def _close(self, grid: Grid) -> None:
         """Send the closing message with the last sum to every site that ever joined; collect what they say.
@@ -470,28 +419,26 @@ class EncryptedFedAvg(Strategy):
         A site that is away for a moment is waited for: without this message it would wait for ever.
         """
         evaluated = self._evaluated_round()
-        metrics: list[Mapping[str, float]] = []
         closed: set[str] = set()
         deadline = time.monotonic() + CLOSE_GRACE_SECONDS
         while True:
-            self._welcome(grid)
-            waiting = {node: member for node, member in self._members.items() if member.site not in closed}
+            self.members.welcome(grid)
+            waiting = {n: member for n, member in self.members.present.items() if member.site not in closed}
             messages = self._messages("close", self.terms.rounds, waiting)
-            evaluated.bytes_down += sum(self._message_bytes(message) for message in messages.values())
-            for node, reply, reason in exchange(grid, messages, timeout=CLOSE_SECONDS):
-                site = self._members[node].site
-                status = reason if reply is None else _status(reply)
-                if reply is not None and (measured := _metrics(reply)):
-                    metrics.append(measured)
+            self._account_down(messages)
+            for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
+                member = waiting[node]
+                status = reason if reply is None else reply_status(reply)
+                if reply is not None:
+                    self._note_evaluation(evaluated, member, _metrics(reply))
                 if status != SiteLostError.code:
-                    closed.add(site)
+                    closed.add(member.site)
                 if status != OK:
-                    self._say(f"site {site} did not close in order: {status}")
-                    self._record.failed.append(SiteFailure(site, status))
-            if self._joined <= closed or time.monotonic() >= deadline:
+                    self.closing_failures.append(SiteFailure(member.site, status))
+                    self._say(f"site {member.site} did not close in order: {status}")
+            if self.members.joined <= closed or time.monotonic() >= deadline:
                 break
             time.sleep(0.2)
-        _average_metrics(evaluated, None, metrics)
 
 
 class _Refused(Exception):  # noqa: N818 - a signal inside this module, never seen outside
@@ -502,47 +449,22 @@ class _Refused(Exception):  # noqa: N818 - a signal inside this module, never se
         self.reason = reason
 
 
-def _status(reply: Message) -> str:
-    """Return the status of a reply; free text from a site is never passed on."""
-    if FLEP_RECORD not in reply.content:
-        return MalformedUpdateError.code
-    status = reply.content[FLEP_RECORD].get("status")
-    return str(status) if status == OK or status in PUBLIC_CODES else ERROR
-
-
 def _metrics(reply: Message) -> dict[str, float]:
-    """Return the allowed metrics of a reply."""
-    if METRICS_RECORD not in reply.content:
+    """Return the allowed metrics of a reply, as far as they can be true."""
+    record = reply.content.get(METRICS_RECORD)
+    if not isinstance(record, MetricRecord):
         return {}
-    record = reply.content[METRICS_RECORD]
-    values = {name: record[name] for name in PUBLIC_METRICS if name in record}
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
-    }
+    found = {}
+    for name in PUBLIC_METRICS:
+        value = record.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+            found[name] = min(float(value), 1.0) if "accuracy" in name else float(value)
+    return found
 
 
-def _average_metrics(
-    evaluated: RoundRecord, trained: RoundRecord | None, metrics: Iterable[Mapping[str, float]]
-) -> None:
-    """Fold the sites' figures into the rounds they belong to; unweighted, as counts are private."""
-    values = list(metrics)
-
-    def mean(name: str) -> float | None:
-        found = [m[name] for m in values if name in m]
-        return sum(found) / len(found) if found else None
-
-    def total(name: str) -> float:
-        return sum(m.get(name, 0.0) for m in values)
-
-    if any("accuracy" in m for m in values):
-        evaluated.accuracy, evaluated.loss = mean("accuracy"), mean("loss")
-        evaluated.majority_accuracy = mean("majority_accuracy")
-    evaluated.seconds["decrypt"] += total("seconds_decrypt")
-    if trained is not None:
-        trained.seconds["train"] += total("seconds_train")
-        trained.seconds["encrypt"] += total("seconds_encrypt")
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
 
 
 def _payload_record(blob: bytes) -> ArrayRecord:

@@ -56,6 +56,12 @@ class ConfigMismatchError(ConfigError):
     code = "config_mismatch"
 
 
+class TargetError(ConfigError):
+    """A class of a user's own is not allowed by ``allow_targets``, does not import, or does not fit."""
+
+    code = "target"
+
+
 class MissingExtraError(FlepError):
     """An optional dependency is not installed."""
 
@@ -285,3 +291,8 @@ PUBLIC_CODES: frozenset[str] = frozenset(
     )
 )
 """Reason codes that a site may tell an untrusted cloud; every other failure travels as ``error``."""
+
+
+def public_code(exc: BaseException) -> str:
+    """Return the reason that an untrusted cloud may learn: an allow-listed code, or ``error``."""
+    return exc.code if isinstance(exc, FlepError) and exc.code in PUBLIC_CODES else FlepError.code

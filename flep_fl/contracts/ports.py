@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from flep_fl.contracts.records import ArchiveManifest, SealedRecord
 
 Float64Vector = NDArray[np.float64]
-ImageBatch = NDArray[np.uint8]
-"""uint8, shape (N, H, W), values 0..255."""
+ImageBatch = NDArray[np.uint8] | NDArray[np.uint16]
+"""uint8 or uint16 over the whole range, grey (N, H, W) or with channels (N, C, H, W).
+
+The cipher and the analyst take all of these; the owner's database holds 8-bit grey images so far.
+"""
 
 Denoise = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """(N, H, W) float32 on the 0..255 scale in, the same out."""
@@ -25,11 +28,11 @@ class ImageCipher(Protocol):
     """Tier 1: encrypts images for release and restores them at the analyst."""
 
     def encrypt(self, images: ImageBatch) -> list[bytes]:
-        """Encrypt ``(N, H, W)`` uint8 images, one self-describing envelope each."""
+        """Encrypt a batch, one self-describing envelope for each image."""
         ...
 
     def decrypt(self, envelopes: Sequence[bytes]) -> list[NDArray[np.float32]]:
-        """Undo everything but irreversible noise: ``(H, W)`` float32, 0..255 scale, not clipped."""
+        """Undo all but irreversible noise: float32 ``(H, W)`` or ``(C, H, W)``, 0..255 scale, not clipped."""
         ...
 
 
@@ -76,12 +79,4 @@ class Adder(Protocol):
 
     def result(self) -> bytes:
         """Return the serialised sum."""
-        ...
-
-
-class SumOpener(Protocol):
-    """What a trusted cloud is wired to and an untrusted one is not: opens the *sum* only."""
-
-    def __call__(self, payload: bytes) -> Mapping[str, NDArray[np.generic]]:
-        """Decrypt a sum and return the averaged model."""
         ...

@@ -60,6 +60,8 @@ class Instruction:
         Digest of the model's layout; empty in hello.
     shared
         The shared settings themselves (hello only), so that a difference can be named.
+    challenge
+        Random (hello only); the site's introduction repeats it, so that a recorded one is of no use.
     """
 
     kind: Kind
@@ -73,6 +75,7 @@ class Instruction:
     config: str
     layout: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
+    challenge: str = ""
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -100,6 +103,7 @@ class Instruction:
             instruction.previous,
             instruction.config,
             instruction.layout,
+            instruction.challenge,
         )
         numbers = (instruction.round, instruction.rounds, instruction.attempt, instruction.sum_round)
         if (

@@ -6,7 +6,7 @@ code that can decrypt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from flep_fl.model_security.adder import KeylessAdder, PlainAdder
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.profiles import get_profile, vector_length
 from flep_fl.provision.kits import CloudKit
-from flep_fl.reporting.results import append_round
+from flep_fl.reporting.results import write_rounds
 
 
 def cloud_strategy(
@@ -55,8 +55,8 @@ def cloud_strategy(
         length = vector_length(parameters, checked=encrypted)
         return KeylessAdder(kit.context, profile, length) if encrypted else PlainAdder(length)
 
-    def on_round(record: RoundRecord) -> None:
-        append_round(out / "rounds.jsonl", record)
+    def on_change(rounds: Sequence[RoundRecord]) -> None:
+        write_rounds(out / "rounds.jsonl", rounds)
 
     return EncryptedFedAvg(
         Terms(
@@ -76,7 +76,7 @@ def cloud_strategy(
         make_adder,
         message_bytes=message_bytes,
         on_sum=_model_writer(kit, config, out),
-        on_round=on_round,
+        on_change=on_change,
         on_event=on_event,
     )
 

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from flep_fl.config import Config
 from flep_fl.contracts.archive import ArchiveDescription
+from flep_fl.contracts.errors import KitError
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.restore import RestoredSplit, restore_split
@@ -50,8 +51,9 @@ class Site:
     model_file: Path
 
     def finished(self, *, wait: bool) -> bool:
-        """Whether the site should end: the run was closed (and it is not to wait), or a sum was rejected."""
-        return self.session.halted or (self.session.closed and not wait)
+        """Whether the site should end: run closed (and it is not to wait), sum rejected, no way on."""
+        ended = self.session.closed and not wait
+        return ended or self.session.halted or self.session.failure is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +116,13 @@ def prepare_site(
     )
     data = _AnalystData(restore(split="train"), restore(split="test"), description)
     on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
-    session = session_factory(len(description.classes))
+    session = session_factory(len(description.classes), data.train.images.shape[1])
     model_file = out / "model.npz"
     app = _client_app(session, config, kit.name, data, lambda model: write_model(model_file, model))
     return Site(app, session, model_file)
 
 
-def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int], AnalystSession]:
+def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int, int], AnalystSession]:
     """Check keys first, so that a bad kit is told before minutes of restoring."""
     federation = kit.federation
     profile = get_profile(config.ckks.profile)
@@ -128,6 +130,13 @@ def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int
     cipher: ModelCipher = PlainModelCipher("open")
     if encrypted:
         cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key), profile)
+        if cipher.key_id != federation.key_id:
+            raise KitError(
+                f"The model key in {kit.folder} is not the federation's",
+                expected=f"key {federation.key_id}",
+                found=f"key {cipher.key_id}",
+                remedy="Use the kits as they were provisioned; do not mix them",
+            )
     check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
     membership = Membership(
         site=kit.name,
@@ -138,14 +147,16 @@ def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int
         profile=profile,
         bound=config.ckks.bound,
         max_examples=config.ckks.max_examples,
+        rounds=config.federation.rounds,
         min_contributors=config.federation.min_contributors,
         site_keys=federation.site_keys(),
         cloud_key=federation.cloud_key(),
     )
 
-    def make(classes: int) -> AnalystSession:
+    def make(classes: int, channels: int) -> AnalystSession:
         def initial() -> Arrays:
-            return get_arrays(build_model(config.model.name, classes=classes, seed=config.seed))
+            model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
+            return get_arrays(model)
 
         return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state)
 
@@ -153,10 +164,11 @@ def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int
 
 
 def _client_app(
-    session: AnalystSession, config: Config, name: str, data: _AnalystData, on_close: Callable[[Arrays], None]
+    session: AnalystSession, config: Config, name: str, data: _AnalystData, on_model: Callable[[Arrays], None]
 ) -> ClientApp:
     """Make an ordinary Flower ClientApp, with encryption as its outermost mod."""
-    model = build_model(config.model.name, classes=len(data.description.classes), seed=config.seed)
+    classes, channels = len(data.description.classes), data.train.images.shape[1]
+    model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
     device = _device(config.runtime.device)
 
     def evaluate_model(message: Message, context: Context) -> Message:
@@ -168,7 +180,7 @@ def _client_app(
         )
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_close=on_close)])
+    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_model=on_model)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

@@ -17,10 +17,11 @@ from flep_fl.flower.processes import spawn_child, stop_on_signals, terminate
 from flep_fl.flower.runtime.environment import LOOPBACK, bind, log_tail
 from flep_fl.provision.kits import CLOUD, OWNER, create_kits, load_owner_kit
 from flep_fl.provision.owner import Release, release_data_set
-from flep_fl.reporting.console import Progress, say
+from flep_fl.reporting.console import Progress, say, warn_few_contributors
 from flep_fl.reporting.results import write_json
 
 _POLL_SECONDS = 0.2
+_SITES_AFTER_CLOUD_SECONDS = 60.0
 
 
 def run_demo(config: Config) -> None:
@@ -34,6 +35,7 @@ def run_demo(config: Config) -> None:
     out = output_dir()
     names = config.sites
     progress = Progress("demo")
+    warn_few_contributors(config.federation.min_contributors, progress)
     started = time.monotonic()
     with bind(f"{LOOPBACK}:0") as free:
         address = f"{LOOPBACK}:{free.getsockname()[1]}"
@@ -42,9 +44,10 @@ def run_demo(config: Config) -> None:
     release = release_data_set(
         config, load_owner_kit(out / "kits" / OWNER), out / "archives", on_event=progress
     )
-    commands = {CLOUD: ["server", f"kit={out / 'kits' / CLOUD}"]}
+    commands = {CLOUD: ["server", _option("kit", out / "kits" / CLOUD)]}
     for name in names:
-        commands[name] = ["clients", f"kit={out / 'kits' / name}", f"archive={out / 'archives' / name}"]
+        archive = _option("archive", out / "archives" / name)
+        commands[name] = ["clients", _option("kit", out / "kits" / name), archive]
     _run_parties(config, commands, out, progress)
     results = _with_restore(out, release)
     write_json(out / "results.json", results)
@@ -63,14 +66,18 @@ def _run_parties(
         try:
             for name, command in commands.items():
                 arguments = [
-                    f"hydra.run.dir={out}",
+                    _option("hydra.run.dir", out),
                     f"hydra.job.name={name}",
                     "hydra.output_subdir=null",
                     f"runtime.threads={threads}",
+                    f"runtime.device={config.runtime.device}",
+                    f"allow_targets=[{','.join(config.allow_targets)}]",
                 ]
                 children[name] = spawn_child([sys.executable, "-m", *command, *arguments], log=logs[name])
             progress("started " + ", ".join(f"{name} (pid {child.pid})" for name, child in children.items()))
+            patience = Patience(children[CLOUD])
             while any(child.poll() is None for child in children.values()) and not stop.is_set():
+                patience.check([name for name, child in children.items() if child.poll() is None])
                 for name in commands:
                     shown[name] = _relay(logs[name], shown[name])
                 _require_success(children, logs)
@@ -83,6 +90,29 @@ def _run_parties(
         if stop.is_set():
             raise KeyboardInterrupt
         _require_success(children, logs)
+
+
+def _option(name: str, value: Path) -> str:
+    """Return an override for hydra; a path may hold characters that mean something in its grammar."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{name}='{escaped}'"
+
+
+class Patience:
+    """Allows the sites some time to end once the cloud has."""
+
+    def __init__(self, cloud: subprocess.Popen[bytes]) -> None:
+        self._cloud = cloud
+        self._deadline: float | None = None
+
+    def check(self, running: Sequence[str]) -> None:
+        """Raise :class:`RuntimeStartError` when sites go on long after the cloud has ended."""
+        if self._cloud.poll() is None:
+            return
+        now = time.monotonic()
+        self._deadline = self._deadline or now + _SITES_AFTER_CLOUD_SECONDS
+        if now > self._deadline:
+            raise RuntimeStartError(f"The cloud has ended and these sites have not: {', '.join(running)}")
 
 
 def _require_success(children: Mapping[str, subprocess.Popen[bytes]], logs: Mapping[str, Path]) -> None:
@@ -127,5 +157,6 @@ def _summary(results: Mapping[str, Any], out: Path, seconds: float) -> None:
             f"restored images {restore['psnr_db']:.1f} dB PSNR, "
             f"before denoising {restore['noisy_psnr_db']:.1f} dB"
         )
-    say(f"the cloud held no key and wrote no model: {out / CLOUD}")
+    if results["cloud"] == "untrusted":
+        say(f"the cloud held no key and wrote no model: {out / CLOUD}")
     say(f"done in {seconds:.0f} s; results: {out / 'results.json'}")

@@ -6,32 +6,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
-
-from flep_fl.config import Config, adopt_kit, to_config
 from flep_fl.contracts.errors import IdleTimeoutError
-from flep_fl.entry import output_dir, require
-from flep_fl.provision.kits import CLOUD, Federation, load_cloud_kit, load_site_kit
-from flep_fl.reporting.console import Progress, print_table
+from flep_fl.entry import kit_config, output_dir, require
+from flep_fl.provision.kits import CLOUD, load_cloud_kit, load_site_kit
+from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
 from flep_fl.reporting.results import build_results, write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-def party_config(cfg: DictConfig, federation: Federation) -> Config:
-    """Merge the command line with the kit: shared settings and address come from the kit.
-
-    Raises
-    ------
-    ConfigMismatchError
-        When the command line contradicts the kit.
-    """
-    overrides = list(HydraConfig.get().overrides.task)
-    merged = adopt_kit(cfg, federation.shared, overrides)
-    if not any(override.lstrip("+").startswith("runtime.address=") for override in overrides):
-        merged.runtime.address = federation.address
-    return to_config(merged)
 
 
 def run_server(cfg: DictConfig) -> None:
@@ -44,13 +26,14 @@ def run_server(cfg: DictConfig) -> None:
     """
     require(cfg, "kit", "kits/cloud")
     kit = load_cloud_kit(Path(cfg.kit))
-    config = party_config(cfg, kit.federation)
+    config = kit_config(cfg, kit.federation.shared, kit.federation.address)
     from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
     from flep_fl.flower.processes import stop_on_signals
     from flep_fl.flower.runtime.cloud import run_cloud
 
     out = output_dir()
     progress = Progress(CLOUD)
+    warn_few_contributors(config.federation.min_contributors, progress)
     strategy = cloud_strategy(kit, config, out / CLOUD, on_event=progress)
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
@@ -70,6 +53,7 @@ def run_server(cfg: DictConfig) -> None:
                 parameters=strategy.parameters,
                 rounds=strategy.rounds,
                 config_digest=kit.federation.digest,
+                closing_failures=strategy.closing_failures,
             )
             write_json(out / "results.json", results)
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
@@ -87,13 +71,14 @@ def run_client(cfg: DictConfig) -> None:
     require(cfg, "kit", "kits/a")
     require(cfg, "archive", "archive/a")
     kit = load_site_kit(Path(cfg.kit))
-    config = party_config(cfg, kit.federation)
+    config = kit_config(cfg, kit.federation.shared, kit.federation.address)
     from flep_fl.flower.compose_site import prepare_site
     from flep_fl.flower.processes import interruptible, stop_on_signals
     from flep_fl.flower.runtime.site import run_site
 
     out = output_dir()
     progress = Progress(kit.name)
+    warn_few_contributors(config.federation.min_contributors, progress)
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         with interruptible():
@@ -118,6 +103,8 @@ def run_client(cfg: DictConfig) -> None:
                 raise
             progress(f"no further run within {config.runtime.idle_timeout:g} s")
     site.session.refuse_if_halted()
+    if site.session.failure is not None:
+        raise site.session.failure
     progress(f"the run is over; model: {site.model_file}")
 
 

@@ -15,7 +15,7 @@ from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
 from flep_fl.provision.kits import OWNER, create_kits, load_cloud_kit, load_owner_kit, load_site_kit
 from flep_fl.provision.owner import release_data_set
-from flep_fl.reporting.console import Progress, print_table
+from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
 from flep_fl.reporting.results import build_results, write_json
 
 _FIRST_NODE = 2  # Flower's node 1 is the cloud
@@ -51,10 +51,8 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     dict
         The content of ``results.json``.
     """
-    if config.federation.min_contributors == 2:
-        warn_two_contributors(progress := Progress("simulation"))
-    else:
-        progress = Progress("simulation")
+    progress = Progress("simulation")
+    warn_few_contributors(config.federation.min_contributors, progress)
     names = config.sites or site_names(config.federation.sites)
     with tempfile.TemporaryDirectory(prefix="flep-") as folder, progress.live():
         kits, archives = Path(folder) / "kits", Path(folder) / "archives"
@@ -84,20 +82,13 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
                 parameters=strategy.parameters,
                 rounds=strategy.rounds,
                 config_digest=cloud_kit.federation.digest,
+                closing_failures=strategy.closing_failures,
                 restore=release.restore,
             )
             write_json(out / "results.json", results)
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
     return results
-
-
-def warn_two_contributors(progress: Progress) -> None:
-    """Say what two contributors mean."""
-    progress(
-        "warning: federation.min_contributors=2: with two contributors, the sum minus one's own update is "
-        "the other's update"
-    )
 
 
 def seeded_entropy(seed: int) -> Entropy:

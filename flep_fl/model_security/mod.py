@@ -6,14 +6,22 @@ answers with its trained ``arrays`` and a metric ``num-examples``. What leaves t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from flep_fl.contracts.errors import LayoutError, MalformedUpdateError, StaleUpdateError
+from flep_fl.contracts.errors import (
+    FlepError,
+    LayoutError,
+    MalformedUpdateError,
+    StaleUpdateError,
+    public_code,
+)
 from flep_fl.contracts.protocol import (
     FLEP_RECORD,
     METRICS_RECORD,
@@ -27,13 +35,16 @@ from flep_fl.model_security.session import AnalystSession, Arrays
 
 ClientAppCallable = Callable[[Message, Context], Message]
 Mod = Callable[[Message, Context, ClientAppCallable], Message]
+Figures = dict[str, float]
+
+_LOG = logging.getLogger(__name__)
 
 
 def ckks_mod(
     session: AnalystSession,
     *,
     evaluate: ClientAppCallable | None = None,
-    on_close: Callable[[Arrays], None] | None = None,
+    on_model: Callable[[Arrays], None] | None = None,
 ) -> Mod:
     """Make the mod of one site.
 
@@ -43,8 +54,8 @@ def ckks_mod(
         The site's state and keys.
     evaluate
         The app's own evaluate function; runs on each received model, before training.
-    on_close
-        Called with the final global model when the cloud ends the run.
+    on_model
+        Called with the global model after each accepted sum.
 
     Returns
     -------
@@ -57,57 +68,92 @@ def ckks_mod(
     FlepError
         From the returned mod: by the site's runtime turned into a reply that holds the code alone.
     """
+    return _CkksMod(session, evaluate, on_model)
 
-    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+
+@dataclass(frozen=True, slots=True)
+class _CkksMod:
+    """The mod of one site; see :func:`ckks_mod`."""
+
+    session: AnalystSession
+    evaluate: ClientAppCallable | None
+    on_model: Callable[[Arrays], None] | None
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Answer one message of the cloud."""
+        session = self.session
         instruction = session.open_instruction(_instruction_bytes(message))
+        figures: Figures = {}
         if instruction.kind == "hello":
-            return _reply(message, {"site": session.membership.site, "identity": session.identity()})
-        figures: dict[str, float] = {}
-        _receive(session, message, context, instruction, evaluate, figures)
+            identity = session.identity(instruction)
+            return _reply(message, {"status": OK, "site": session.membership.site, "identity": identity})
         if instruction.kind == "close":
-            session.closed = True
-            if on_close is not None:
-                on_close(session.model)
-            return _reply(message, {}, figures=figures)
-        blob = session.sealed_again(instruction)
+            self._close(message, context, instruction, figures)
+            return _reply(message, {"status": OK}, figures=figures)
+        self._receive(message, context, instruction, figures)
+        try:
+            blob = self._train(message, context, call_next, instruction, figures)
+        except Exception as exc:
+            # The evaluation of the received model still counts; of the failure, the code alone leaves.
+            if isinstance(exc, FlepError):
+                _LOG.warning("%s: %s", type(exc).__name__, exc)
+            else:
+                _LOG.exception("training failed")
+            return _reply(message, {"status": public_code(exc)}, figures=figures)
+        return _reply(message, {"status": OK}, blob=blob, figures=figures)
+
+    def _receive(
+        self, message: Message, context: Context, instruction: Instruction, figures: Figures
+    ) -> None:
+        """Take in the sum that a message carries, if any, and evaluate the model that it gives."""
+        if self.session.is_current(instruction):
+            return
+        blob = _payload(message)
         if blob is None:
-            started = time.perf_counter()
-            trained = call_next(
-                _plain_message(message, session.model, MessageType.TRAIN, instruction), context
-            )
-            figures["seconds_train"] = time.perf_counter() - started
-            arrays, examples = _trained(trained)
-            started = time.perf_counter()
-            blob = session.seal(arrays, examples, instruction)
-            figures["seconds_encrypt"] = time.perf_counter() - started
-        return _reply(message, {}, blob=blob, figures=figures)
-
-    return mod
-
-
-def _receive(
-    session: AnalystSession,
-    message: Message,
-    context: Context,
-    instruction: Instruction,
-    evaluate: ClientAppCallable | None,
-    figures: dict[str, float],
-) -> None:
-    """Take in the sum that a message carries, if any, and evaluate the model that it gives."""
-    blob = _payload(message)
-    if blob is None or instruction.previous == session.accepted:
-        if instruction.previous != session.accepted:
             raise StaleUpdateError(
                 "The cloud speaks of a sum that it did not send", found=instruction.previous
             )
-        return
-    started = time.perf_counter()
-    model = session.accept_sum(blob, instruction)
-    figures["seconds_decrypt"] = time.perf_counter() - started
-    if evaluate is not None:
-        answer = evaluate(_plain_message(message, model, MessageType.EVALUATE, instruction), context)
-        for record in answer.content.metric_records.values():
-            figures.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
+        started = time.perf_counter()
+        model = self.session.accept_sum(blob, instruction)
+        figures["seconds_decrypt"] = time.perf_counter() - started
+        if self.on_model is not None:
+            self.on_model(model)
+        if self.evaluate is not None:
+            order = _plain_message(message, model, MessageType.EVALUATE, instruction)
+            for record in self.evaluate(order, context).content.metric_records.values():
+                figures.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
+
+    def _close(self, message: Message, context: Context, instruction: Instruction, figures: Figures) -> None:
+        """End the run, whatever the last sum is worth: the cloud will not speak again."""
+        try:
+            self._receive(message, context, instruction, figures)
+        except FlepError as exc:
+            self.session.failure = exc
+            raise
+        finally:
+            self.session.closed = True
+
+    def _train(
+        self,
+        message: Message,
+        context: Context,
+        call_next: ClientAppCallable,
+        instruction: Instruction,
+        figures: Figures,
+    ) -> bytes:
+        """Return the round's upload: the one that was made before, or that of a training now."""
+        blob = self.session.sealed_again(instruction)
+        if blob is not None:
+            return blob
+        started = time.perf_counter()
+        order = _plain_message(message, self.session.model, MessageType.TRAIN, instruction)
+        trained = call_next(order, context)
+        figures["seconds_train"] = time.perf_counter() - started
+        arrays, examples = _trained(trained)
+        started = time.perf_counter()
+        blob = self.session.seal(arrays, examples, instruction)
+        figures["seconds_encrypt"] = time.perf_counter() - started
+        return blob
 
 
 def _instruction_bytes(message: Message) -> bytes:
@@ -164,10 +210,10 @@ def _reply(
     fields: dict[str, Any],
     *,
     blob: bytes | None = None,
-    figures: dict[str, float] | None = None,
+    figures: Figures | None = None,
 ) -> Message:
     """Build the reply: status, sealed payload, and allowed figures only."""
-    content = RecordDict({FLEP_RECORD: ConfigRecord({"status": OK, **fields})})
+    content = RecordDict({FLEP_RECORD: ConfigRecord(fields)})
     if blob is not None:
         content[PAYLOAD_RECORD] = ArrayRecord(
             {"sealed": Array(dtype="uint8", shape=(len(blob),), stype=PAYLOAD_STYPE, data=blob)}

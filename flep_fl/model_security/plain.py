@@ -1,7 +1,8 @@
 """The baseline without encryption (``cloud=open``): updates travel as float32, sums as float64.
 
-Both are little-endian. float32 is what the models hold, so an update loses at most one rounding of
-``c_k w_k`` (relative 6e-8); the sum is kept in float64 so that adding loses nothing more.
+Both are little-endian. An update is the unweighted model in float32, which is what models hold, and the
+site's share in float64; the product is formed in float64 by whoever adds, so that the average is exact and
+the encrypted modes can be held against it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 from flep_fl.contracts.errors import CiphertextError, WeightRangeError
 from flep_fl.contracts.ports import Float64Vector
 
-_UPDATE, _SUM = np.dtype("<f4"), np.dtype("<f8")
+_WEIGHT, _SUM = np.dtype("<f4"), np.dtype("<f8")
 
 
 class PlainModelCipher:
@@ -32,18 +33,21 @@ class PlainModelCipher:
         return self._key_id
 
     def encrypt(self, vector: Float64Vector) -> bytes:
-        """Serialise an update as float32.
+        """Serialise an update ``[c w..., c]`` as ``w`` in float32 and ``c`` in float64.
 
         Raises
         ------
         WeightRangeError
-            The vector is empty or a value does not fit.
+            The vector is empty, its share is not positive, or a value does not fit.
         """
-        with np.errstate(over="ignore"):
-            values = np.asarray(vector).astype(_UPDATE)
-        if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
-            raise WeightRangeError("Only a non-empty flat vector of finite float32 values can be sent")
-        return values.tobytes()
+        values = np.asarray(vector, dtype=np.float64)
+        if values.ndim != 1 or values.size == 0 or not values[-1] > 0:
+            raise WeightRangeError("Only a non-empty flat vector with a positive share can be sent")
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights = (values[:-1] / values[-1]).astype(_WEIGHT)
+        if not np.isfinite(weights).all() or not np.isfinite(values[-1]):
+            raise WeightRangeError("Only finite float32 values can be sent")
+        return bytes(weights.tobytes() + values[-1:].astype(_SUM).tobytes())
 
     def decrypt(self, payload: bytes, length: int) -> Float64Vector:
         """Read a sum.
@@ -57,8 +61,12 @@ class PlainModelCipher:
 
 
 def read_update(payload: bytes, length: int) -> Float64Vector:
-    """Read an update of ``length`` float32 values as float64; :class:`CiphertextError` if it is not one."""
-    return _read(payload, length, _UPDATE)
+    """Read an update of ``length`` values as ``[c w..., c]``; :class:`CiphertextError` if it is not one."""
+    weights, share = payload[: -_SUM.itemsize], payload[-_SUM.itemsize :]
+    vector = np.empty(length, dtype=np.float64)
+    vector[-1:] = _read(share, 1, _SUM)
+    vector[:-1] = _read(weights, length - 1, _WEIGHT) * vector[-1]
+    return vector
 
 
 def write_sum(vector: Float64Vector) -> bytes:

@@ -206,6 +206,11 @@ def signed_header(blob: bytes) -> bytes:
     return header
 
 
+def parse_header(header: bytes) -> UpdateHeader:
+    """Return the fields of a header that this site has signed itself; no signature is looked at."""
+    return _parse_update_header(header)
+
+
 def open_update(
     blob: bytes, *, expected: Expectation, public_keys: Mapping[str, Ed25519PublicKey]
 ) -> SealedUpdate:

@@ -1,15 +1,13 @@
 """One analyst's part in a federation: accepts sums, seals updates, and never does either twice.
 
-The session owns what must survive between rounds: the model, the digest of the last accepted sum, and a
-ledger on disk of the last upload. A repeated request is answered with identical bytes: two different
-uploads under one round would let the cloud cancel the check values.
+The session holds the model and compares every word of the cloud with what this site knows from its kit and
+its ledger. A repeated request is answered with identical bytes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,38 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 
+from flep_fl.contracts.differences import differences
 from flep_fl.contracts.errors import (
+    CiphertextError,
     ConfigMismatchError,
+    FlepError,
     ForeignUpdateError,
     HaltedError,
-    KitError,
     LayoutError,
+    ModelKeyError,
     StaleUpdateError,
     SumCheckError,
+    WeightRangeError,
 )
-from flep_fl.contracts.files import read_bytes, write_secret
+from flep_fl.contracts.files import write_secret
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
 from flep_fl.model_security.contribution import average, weighted_vector
 from flep_fl.model_security.keyring import CheckKey
 from flep_fl.model_security.layout import ModelLayout
+from flep_fl.model_security.ledger import Ledger
 from flep_fl.model_security.profiles import Profile, vector_length
 from flep_fl.model_security.seal import (
     Expectation,
+    SignedSum,
     UpdateHeader,
     new_nonce,
     open_control,
     open_sum,
+    parse_header,
     seal_control,
     seal_update,
-    signed_header,
 )
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -60,7 +64,7 @@ class Membership:
         The shared settings, to name a difference.
     mode
         ``ckks`` or ``open``.
-    profile, bound, max_examples, min_contributors
+    profile, bound, max_examples, rounds, min_contributors
         As configured under ``ckks`` and ``federation``.
     site_keys, cloud_key
         Everybody's signature keys.
@@ -74,24 +78,17 @@ class Membership:
     profile: Profile
     bound: float
     max_examples: int
+    rounds: int
     min_contributors: int
     site_keys: Mapping[str, Ed25519PublicKey]
     cloud_key: Ed25519PublicKey
 
 
-@dataclass(slots=True)
-class _Ledger:
-    """What this site has signed: the current run, its last round, and the runs before it."""
-
-    run: str = ""
-    round: int = 0
-    attempt: int = 0
-    header: str = ""
-    past: list[str] = field(default_factory=list)
-
-
 class AnalystSession:
     """State of one analyst.
+
+    ``closed`` says that the cloud has ended the run, ``failure`` why this site cannot go on (the cloud's
+    settings differ, or its closing message was refused).
 
     Parameters
     ----------
@@ -122,16 +119,15 @@ class AnalystSession:
         self._signing_key = signing_key
         self._cipher = cipher
         self._check_key = check_key
-        self._initial = initial
         self._state = state
-        self._ledger = self._read_ledger()
+        self.refuse_if_halted()
+        self.ledger = Ledger(state)
         self._first = initial()
         self.layout = ModelLayout.of(self._first)
         self.model: Arrays = self._first
-        self.accepted = ""
-        self.accepted_round = 0
+        self._model_of = ""  # digest of the sum that ``model`` is the average of
         self.closed = False
-        self.refuse_if_halted()
+        self.failure: FlepError | None = None
 
     @property
     def key_id(self) -> str:
@@ -139,10 +135,28 @@ class AnalystSession:
         return self._cipher.key_id
 
     @property
+    def accepted(self) -> str:
+        """Digest of the last accepted sum; empty before the first."""
+        return self.ledger.entries.accepted
+
+    @property
+    def accepted_round(self) -> int:
+        """Round of the last accepted sum; 0 before the first."""
+        return self.ledger.entries.accepted_round
+
+    @property
     def halted(self) -> bool:
         """Whether this site rejected a sum under its current key."""
         marker = self._state / "halted"
         return marker.exists() and marker.read_text().strip() == self.key_id
+
+    def refuse_if_halted(self) -> None:
+        """Raise :class:`HaltedError` when this site rejected a sum under its current key."""
+        if self.halted:
+            raise HaltedError(
+                f"Site {self.membership.site} rejected a sum under its current keys and has stopped",
+                remedy="Find out why the cloud's sum was wrong, then provision new kits",
+            )
 
     # --- instructions ----------------------------------------------------------------------------
 
@@ -151,64 +165,79 @@ class AnalystSession:
 
         Raises
         ------
-        SignatureError, ForeignUpdateError, ConfigMismatchError, StaleUpdateError, HaltedError
-            When it is not the cloud's, of another federation, of other settings, of a past run or
-            round, or when this site has stopped.
+        SignatureError, ForeignUpdateError, ConfigMismatchError, StaleUpdateError, LayoutError, HaltedError
+            When it is not the cloud's, of another federation, of other settings, of another run or round,
+            for another model, or when this site has stopped.
         """
         self.refuse_if_halted()
         instruction = Instruction.from_fields(open_control(blob, self.membership.cloud_key))
-        if instruction.federation != self.membership.federation:
-            raise ForeignUpdateError(
-                "An instruction belongs to another federation",
-                expected=self.membership.federation,
+        m = self.membership
+        if instruction.federation != m.federation:
+            self.failure = ForeignUpdateError(
+                "The cloud's instruction belongs to another federation",
+                expected=m.federation,
                 found=instruction.federation,
                 remedy="Use kits that were provisioned together",
             )
-        if instruction.config != self.membership.config:
-            self._name_difference(instruction)
+            raise self.failure
+        if instruction.config != m.config:
+            # The cloud signed this and will not change its mind: there is nothing to wait for.
+            found = differences(m.shared, instruction.shared) if instruction.shared else []
+            fields = "; ".join(
+                f"{name}: {ours!r} here, {theirs!r} in the cloud" for name, ours, theirs in found
+            )
+            self.failure = ConfigMismatchError(
+                "The cloud was started with other shared settings: " + (fields or "their digests differ"),
+                remedy="Start all parties from kits that were provisioned together",
+            )
+            raise self.failure
         if instruction.kind == "hello":
             self._begin(instruction.run)
-        elif instruction.run != self._ledger.run:
+        else:
+            self._compare(instruction)
+        return instruction
+
+    def _begin(self, run: str) -> None:
+        if self.ledger.enter(run):
+            self.model, self._model_of, self.closed = self._first, "", False
+
+    def _compare(self, instruction: Instruction) -> None:
+        """Refuse an order that does not fit the run as this site knows it."""
+        rounds = self.membership.rounds
+        if instruction.run != self.ledger.entries.run:
             raise StaleUpdateError(
-                "An instruction belongs to another run", expected=self._ledger.run, found=instruction.run
+                "An instruction belongs to another run",
+                expected=self.ledger.entries.run,
+                found=instruction.run,
             )
-        elif instruction.layout != self.layout.digest:
+        if instruction.layout != self.layout.digest:
             raise LayoutError(
                 "The cloud expects another model", expected=self.layout.digest, found=instruction.layout
             )
-        return instruction
+        if (instruction.rounds, instruction.attempt) != (rounds, 1) or not 1 <= instruction.round <= rounds:
+            raise StaleUpdateError(
+                "An instruction names a round that this federation does not have",
+                expected=f"1 to {rounds}, first attempt",
+                found=f"{instruction.round} of {instruction.rounds}, attempt {instruction.attempt}",
+            )
+        if self.closed and instruction.kind == "round":
+            raise StaleUpdateError("A round was opened after the end of the run", found=instruction.round)
 
-    def _name_difference(self, instruction: Instruction) -> None:
-        ours, theirs = self.membership.shared, instruction.shared
-        fields = [
-            f"{section}.{name}: {ours[section][name]!r} here, {theirs[section][name]!r} in the cloud"
-            for section in ours
-            if isinstance(ours[section], Mapping) and isinstance(theirs.get(section), Mapping)
-            for name in ours[section]
-            if theirs[section].get(name) != ours[section][name]
-        ]
-        raise ConfigMismatchError(
-            "The cloud was started with other shared settings: " + ("; ".join(fields) or "digest differs"),
-            remedy="Start all parties from kits that were provisioned together",
-        )
-
-    def _begin(self, run: str) -> None:
-        """Enter a run; a run that this site has left before is refused (a replay)."""
-        if run == self._ledger.run:
-            return
-        if run in self._ledger.past:
-            raise StaleUpdateError("A past run was announced again", found=run)
-        past = [*self._ledger.past, *([self._ledger.run] if self._ledger.run else [])]
-        self._ledger = _Ledger(run=run, past=past)
-        self._write_ledger()
-        self.model, self.accepted, self.accepted_round, self.closed = self._first, "", 0, False
-
-    def identity(self) -> bytes:
+    def identity(self, instruction: Instruction) -> bytes:
         """Return the signed introduction that answers a hello."""
-        text = {"run": self._ledger.run, "site": self.membership.site, "layout": self.layout.to_json()}
+        text = {
+            "run": self.ledger.entries.run,
+            "site": self.membership.site,
+            "challenge": instruction.challenge,
+            "layout": self.layout.to_json(),
+        }
         return seal_control(text, self._signing_key)
 
     # --- sums ------------------------------------------------------------------------------------
+
+    def is_current(self, instruction: Instruction) -> bool:
+        """Whether the model held here is the one that the cloud speaks of."""
+        return instruction.previous == self._model_of
 
     def accept_sum(self, blob: bytes, instruction: Instruction) -> Arrays:
         """Verify a sum, decrypt it, and make its average the current model.
@@ -219,79 +248,93 @@ class AnalystSession:
             When the sum is not that of the signed updates, or comes from elsewhere. After a
             :class:`SumCheckError` the site has stopped for good under these keys.
         """
-        number = instruction.sum_round
+        number, own = instruction.sum_round, self.ledger.entries.headers
         last = instruction.round if instruction.kind == "close" else instruction.round - 1
-        if not self.accepted_round < number <= last:
+        if not max(1, self.accepted_round) <= number <= last:
             raise StaleUpdateError(
-                "A sum belongs to a past round", expected=f"{self.accepted_round + 1}..{last}", found=number
+                "A sum belongs to a past round",
+                expected=f"{max(1, self.accepted_round)}..{last}",
+                found=number,
             )
-        took_part = self._ledger.round == number
         try:
             signed = open_sum(
                 blob,
                 cloud_key=self.membership.cloud_key,
                 site_keys=self.membership.site_keys,
-                # A site that missed rounds cannot know which sum the others had before this one.
-                expected=self._expectation(
-                    number, previous=self.accepted if took_part or number == self.accepted_round + 1 else None
-                ),
+                expected=self._expectation(number),
                 min_contributors=self.membership.min_contributors,
                 own_sender=self.membership.site,
-                own_header=bytes.fromhex(self._ledger.header) if took_part else None,
+                own_header=bytes.fromhex(own[number]) if number in own else None,
             )
             if signed.digest != instruction.previous:
                 raise StaleUpdateError("The instruction announces another sum than the message carries")
-            vector = self._decrypt(signed.payload, [h.tag_input() for h in signed.headers], number)
+            if number == self.accepted_round and signed.digest != self.accepted:
+                raise SumCheckError(
+                    "The cloud shows another sum for a round whose sum this site has accepted"
+                )
+            model = self._open(signed, number)
         except SumCheckError:
             write_secret(self._state / "halted", self.key_id.encode())
             raise
-        self.model = self.layout.unflatten(average(vector))
-        self.accepted, self.accepted_round = signed.digest, number
-        return self.model
+        self.ledger.record_sum(signed.digest, number)
+        self.model, self._model_of = model, signed.digest
+        return model
 
-    def _expectation(self, number: int, *, previous: str | None) -> Expectation:
-        m = self.membership
+    def _expectation(self, number: int) -> Expectation:
+        """Return what the updates in the sum of a round must carry, as far as this site can know."""
+        m, own = self.membership, self.ledger.entries.headers
+        previous: str | None = None  # a site that missed rounds cannot know which sum the others had
+        if number in own:
+            previous = parse_header(bytes.fromhex(own[number])).previous
+        elif number == self.accepted_round + 1:
+            previous = self.accepted
         return Expectation(
             federation=m.federation,
-            run=self._ledger.run,
+            run=self.ledger.entries.run,
             round=number,
             key_id=self.key_id,
             layout=self.layout.digest,
             profile=m.profile.digest,
             config=m.config,
             mode=m.mode,
+            attempt=1,
             previous=previous,
         )
 
-    def _decrypt(self, payload: bytes, tag_inputs: list[bytes], number: int) -> NDArray[np.float64]:
-        """Decrypt a sum and verify its check values; return the vector without them."""
-        values = self._cipher.decrypt(
-            payload, vector_length(self.layout.size, checked=self._check_key is not None)
-        )
-        if self._check_key is None:
-            return values
-        vector, check_values = values[: self.layout.size + 1], values[self.layout.size + 1 :]
-        tolerance = self.membership.profile.tolerance(len(tag_inputs))
-        verify_sum(self._check_key, self._context(number), tag_inputs, vector, check_values, tolerance)
-        return vector
+    def _open(self, signed: SignedSum, number: int) -> Arrays:
+        """Decrypt a sum, verify its check values and average.
+
+        Every header named the right key and the payload is what the cloud signed, so whatever fails here is
+        the cloud's doing; it must not learn in which way, or it could try values one by one.
+        """
+        checked = self._check_key is not None
+        try:
+            values = self._cipher.decrypt(signed.payload, vector_length(self.layout.size, checked=checked))
+            vector = values[: self.layout.size + 1]
+            if self._check_key is not None:
+                verify_sum(
+                    self._check_key,
+                    self._context(number),
+                    [header.tag_input() for header in signed.headers],
+                    vector,
+                    values[self.layout.size + 1 :],
+                    self.membership.profile.tolerance(len(signed.headers)),
+                )
+            return self.layout.unflatten(average(vector))
+        except (ModelKeyError, CiphertextError, WeightRangeError, LayoutError) as exc:
+            raise SumCheckError("The sum does not open to a sum of the signed updates") from exc
 
     # --- updates ---------------------------------------------------------------------------------
 
     def sealed_again(self, instruction: Instruction) -> bytes | None:
-        """Return the bytes of an upload that was made before for this round and attempt.
+        """Return the bytes of an upload that was made before for this round, or None.
 
         Raises
         ------
         StaleUpdateError
             When the round lies before one that this site has signed.
         """
-        asked = (instruction.round, instruction.attempt)
-        signed = (self._ledger.round, self._ledger.attempt)
-        if asked < signed:
-            raise StaleUpdateError("A past round was opened again", expected=f"after {signed}", found=asked)
-        if asked > signed:
-            return None
-        return read_bytes(self._state / "upload.bin", what="The last upload", error=KitError)
+        return self.ledger.upload_of(instruction.round)
 
     def seal(self, arrays: Arrays, examples: int, instruction: Instruction) -> bytes:
         """Encrypt and sign a trained model.
@@ -319,12 +362,12 @@ class AnalystSession:
         vector = weighted_vector(self.layout.flatten(arrays), examples, m.max_examples, m.bound)
         header = UpdateHeader(
             federation=m.federation,
-            run=self._ledger.run,
+            run=self.ledger.entries.run,
             round=instruction.round,
             attempt=instruction.attempt,
             sender=m.site,
             nonce=new_nonce(),
-            previous=self.accepted,
+            previous=self._model_of,
             key_id=self.key_id,
             layout=self.layout.digest,
             profile=m.profile.digest,
@@ -336,37 +379,8 @@ class AnalystSession:
             check_values = authenticate(self._check_key, context, header.tag_input(), vector)
             vector = np.concatenate([vector, check_values])
         blob = seal_update(header, self._cipher.encrypt(vector), self._signing_key)
-        write_secret(self._state / "upload.bin", blob)
-        self._ledger.round, self._ledger.attempt = instruction.round, instruction.attempt
-        self._ledger.header = signed_header(blob).hex()
-        self._write_ledger()
+        self.ledger.record_upload(instruction.round, blob)
         return blob
 
     def _context(self, number: int) -> ProjectionContext:
-        return ProjectionContext(self.key_id, self.membership.federation, self._ledger.run, number)
-
-    # --- state on disk -----------------------------------------------------------------------------
-
-    def refuse_if_halted(self) -> None:
-        """Raise :class:`HaltedError` when this site rejected a sum under its current key."""
-        if self.halted:
-            raise HaltedError(
-                f"Site {self.membership.site} rejected a sum under its current keys and has stopped",
-                remedy="Find out why the cloud's sum was wrong, then provision new kits",
-            )
-
-    def _read_ledger(self) -> _Ledger:
-        path = self._state / "ledger.json"
-        if not path.exists():
-            return _Ledger()
-        try:
-            return _Ledger(**json.loads(read_bytes(path, what="The ledger", error=KitError)))
-        except (ValueError, TypeError) as exc:
-            raise KitError(
-                f"{path} is damaged; without it this site could sign one round twice",
-                remedy="Provision new kits",
-            ) from exc
-
-    def _write_ledger(self) -> None:
-        fields = {name: getattr(self._ledger, name) for name in ("run", "round", "attempt", "header", "past")}
-        write_secret(self._state / "ledger.json", json.dumps(fields).encode())
+        return ProjectionContext(self.key_id, self.membership.federation, self.ledger.entries.run, number)

@@ -211,10 +211,13 @@ def load_cloud_kit(folder: Path) -> CloudKit:
             f"The kit {folder} is for cloud={trust} and holds a model key",
             remedy="Remove the kit and provision again: this cloud must never hold a key",
         )
+    signing_key = _signing_key(folder)
+    if signing_key.public_key().public_bytes_raw() != federation.cloud_verify_key:
+        raise _mixed(folder, "signing.key")
     return CloudKit(
         folder,
         federation,
-        _signing_key(folder),
+        signing_key,
         _secret(folder, "model.context"),
         _secret(folder, "model.key") if trust == "trusted" else None,
     )
@@ -229,12 +232,19 @@ def load_site_kit(folder: Path) -> SiteKit:
         When it is missing, damaged or the cloud's.
     """
     name, federation = _read_description(folder, "site")
+    signing_key = _signing_key(folder)
+    decryption_key = X25519PrivateKey.from_private_bytes(_secret(folder, "decryption.key", size=32))
+    identity = federation.sites.get(name)
+    if identity is None or identity != SiteIdentity(
+        name, signing_key.public_key().public_bytes_raw(), decryption_key.public_key().public_bytes_raw()
+    ):
+        raise _mixed(folder, "signing.key or decryption.key")
     return SiteKit(
         folder,
         name,
         federation,
-        _signing_key(folder),
-        X25519PrivateKey.from_private_bytes(_secret(folder, "decryption.key", size=32)),
+        signing_key,
+        decryption_key,
         _secret(folder, "model.key"),
         _secret(folder, "check.key", size=32),
     )
@@ -249,7 +259,17 @@ def load_owner_kit(folder: Path) -> OwnerKit:
         When it is missing, damaged or another party's.
     """
     _, federation = _read_description(folder, "owner")
-    return OwnerKit(folder, federation, _signing_key(folder))
+    signing_key = _signing_key(folder)
+    if signing_key.public_key().public_bytes_raw() != federation.owner_verify_key:
+        raise _mixed(folder, "signing.key")
+    return OwnerKit(folder, federation, signing_key)
+
+
+def _mixed(folder: Path, name: str) -> KitError:
+    return KitError(
+        f"{name} in {folder} is not the key that its kit.json names",
+        remedy="Use the kits as they were provisioned; do not mix them",
+    )
 
 
 def _check_names(sites: Sequence[str]) -> None:
@@ -312,10 +332,10 @@ def _read_description(folder: Path, role: str) -> tuple[str, Federation]:
             federation=text["federation"],
             key_id=text["key_id"],
             address=text["address"],
-            cloud_verify_key=bytes.fromhex(text["cloud"]["verify_key"]),
-            owner_verify_key=bytes.fromhex(text["owner"]["verify_key"]),
+            cloud_verify_key=_public(text["cloud"]["verify_key"]),
+            owner_verify_key=_public(text["owner"]["verify_key"]),
             sites={
-                name: SiteIdentity(name, bytes.fromhex(s["verify_key"]), bytes.fromhex(s["encryption_key"]))
+                name: SiteIdentity(name, _public(s["verify_key"]), _public(s["encryption_key"]))
                 for name, s in text["sites"].items()
             },
             shared=text["shared"],
@@ -338,6 +358,13 @@ def _read_description(folder: Path, role: str) -> tuple[str, Federation]:
             remedy="Provision again with the settings you want",
         )
     return name, federation
+
+
+def _public(text: str) -> bytes:
+    key = bytes.fromhex(text)
+    if len(key) != 32:
+        raise ValueError(f"a public key has {len(key)} bytes, not 32")
+    return key
 
 
 def _secret(folder: Path, name: str, *, size: int | None = None) -> bytes:

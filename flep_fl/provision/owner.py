@@ -7,22 +7,23 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flep_fl.config import Config
-from flep_fl.contracts.errors import ArchiveError
+from flep_fl.contracts.errors import ArchiveError, DenoiserError
 from flep_fl.contracts.files import write_secret
-from flep_fl.contracts.ports import Denoise, Entropy
+from flep_fl.contracts.ports import Denoise, Entropy, ImageCipher
 from flep_fl.data_owner.partition import held_out_shares, partition, split_test
 from flep_fl.data_owner.release import seal_archive
 from flep_fl.data_owner.sources import OwnerImages, load_source
 from flep_fl.data_security.keys import ImageKeyBundle
 from flep_fl.data_security.parameters import CipherParameters, NoiseParameters
-from flep_fl.data_security.pipeline import RestoreOrder, ThreeLayerCipher, restore
+from flep_fl.data_security.pipeline import RestoreOrder, restore
 from flep_fl.data_security.presets import build_cipher, get_preset
+from flep_fl.data_security.restoring import require_order, residual_std
 from flep_fl.private_database.access import log_releases
 from flep_fl.private_database.store import OwnerDatabase
 from flep_fl.provision.kits import OWNER, OwnerKit
@@ -94,14 +95,18 @@ def release_data_set(
         seed=config.seed,
     )
     bundle = ImageKeyBundle.generate(
-        _cipher_parameters(config),
-        NoiseParameters(config.noise.family, config.noise.mean, config.noise.std, config.noise.recovery),
+        cipher_parameters(config),
+        noise_parameters(config),
         epoch=_EPOCH,
         entropy=entropy,
+        cipher_name=config.cipher.name,
     )
-    denoise = image_denoiser(config, bundle)
     noise_secret = entropy(32)
-    cipher = build_cipher(bundle, name=config.cipher.name, noise_secret=noise_secret, entropy=entropy)
+    cipher = build_cipher(
+        bundle, noise_secret=noise_secret, entropy=entropy, allow_targets=config.allow_targets
+    )
+    require_order(cipher, restore_order(config))
+    denoise = image_denoiser(config, bundle, cipher)
     names = sorted(federation.sites)
     train, test = split_test(source.labels, data.test_fraction, config.seed)
     labels = np.asarray(source.labels)
@@ -148,22 +153,39 @@ def release_data_set(
     return Release(
         train={name: len(part) for name, part in zip(names, parts, strict=True)},
         test={name: len(share) for name, share in zip(names, shares, strict=True)},
-        restore=restore_quality(source, bundle, noise_secret, denoise, restore_order(config)),
+        restore=restore_quality(source, cipher, denoise, restore_order(config)),
     )
 
 
-def image_denoiser(config: Config, bundle: ImageKeyBundle) -> Denoise | None:
-    """Choose the denoiser by the noise parameters of the bundle; None where nothing is to be removed."""
+def image_denoiser(config: Config, bundle: ImageKeyBundle, cipher: ImageCipher) -> Denoise | None:
+    """Choose the denoiser by the noise that the cipher leaves; None where nothing is to be removed.
+
+    Raises
+    ------
+    DenoiserError
+        When there is none for this noise; the message says where the level comes from. The paper's literal
+        layers turn 25 levels of the wire into 100 grey levels of the restored image, for instance.
+    """
     from flep_fl.data_security.denoise.zoo import load_denoiser
 
-    # In the paper's order the network is chosen by the bundle's figure itself, as the paper says.
-    first = restore_order(config) == "denoise_first"
-    std = bundle.noise.std if first else ThreeLayerCipher(bundle).residual_std
+    std = residual_std(cipher)
     if std == 0 or config.denoiser.name == "none":
         return None
-    return load_denoiser(
-        config.denoiser.name, std, threads=config.runtime.threads, device=config.runtime.device
-    )
+    if restore_order(config) == "denoise_first":
+        # In the paper's order the network is chosen by the bundle's figure itself, as the paper says.
+        std = bundle.noise.std
+    try:
+        return load_denoiser(
+            config.denoiser.name, std, threads=config.runtime.threads, device=config.runtime.device
+        )
+    except DenoiserError as exc:
+        raise DenoiserError(
+            f"{exc.problem} (noise.std={bundle.noise.std:g} in {bundle.cipher.noise_units} units, "
+            f"restore.order={config.restore.order})",
+            expected=exc.expected,
+            found=exc.found,
+            remedy=f"{exc.remedy}. Or choose another noise.std, noise.recovery=keyed or denoiser=none",
+        ) from exc
 
 
 def restore_order(config: Config) -> RestoreOrder:
@@ -173,15 +195,13 @@ def restore_order(config: Config) -> RestoreOrder:
 
 def restore_quality(
     source: OwnerImages,
-    bundle: ImageKeyBundle,
-    noise_secret: bytes,
+    cipher: ImageCipher,
     denoise: Denoise | None,
     order: RestoreOrder,
 ) -> RestoreQuality:
     """Encrypt and restore a sample of the owner's images; mean PSNR with and without the denoiser."""
     from flep_fl.data_security.metrics import psnr
 
-    cipher = ThreeLayerCipher(bundle, noise_secret=noise_secret)
     step = max(1, len(source.images) // RESTORE_SAMPLE)
     restored: list[float] = []
     noisy: list[float] = []
@@ -199,17 +219,42 @@ def _mean(values: list[float]) -> float | None:
     return float(np.mean(finite)) if len(finite) == len(values) else None
 
 
-def _cipher_parameters(config: Config) -> CipherParameters:
+def noise_parameters(config: Config) -> NoiseParameters:
+    """Return the noise parameters of the configuration."""
+    noise = config.noise
+    return NoiseParameters(
+        family=noise.family,
+        mean=noise.mean,
+        std=noise.std,
+        recovery=noise.recovery,
+        gain=noise.gain,
+        amount=noise.amount,
+        salt=noise.salt,
+    )
+
+
+def _per_band(value: Any) -> Any:
+    """Return a list of four as a tuple, one number as it is; :class:`CipherParameters` checks both."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def cipher_parameters(config: Config) -> CipherParameters:
     """Return the preset's parameters with the configuration's values in place of its own."""
     cipher = config.cipher
-    preset = get_preset(cipher.name).parameters
+    preset = get_preset(cipher.name, allow_targets=config.allow_targets).parameters
+    layers = preset.layers if cipher.layers is None else tuple(cipher.layers)
+    bits = _per_band(cipher.bits)
+    if bits is None:
+        # Without the transform there is one band, as precise as the preset's best.
+        bits = preset.bits if "encode" in layers else max(preset.band_bits)
     return replace(
         preset,
-        layers=preset.layers if cipher.layers is None else tuple(cipher.layers),
+        layers=layers,
         block_side=cipher.block_side,
         wavelet=cipher.wavelet,
-        alpha=cipher.alpha,
-        bits=cipher.bits,
+        alpha=_per_band(cipher.alpha),
+        bits=bits,
+        noise_units=preset.noise_units if config.noise.units is None else config.noise.units,
     )
 
 
@@ -221,15 +266,14 @@ def run_seal(cfg: DictConfig) -> None:
     FlepError
         As :func:`release_data_set`, or when the configuration or the kits are at fault.
     """
-    from flep_fl.config import to_config
-    from flep_fl.entry import output_dir, require
+    from flep_fl.entry import kit_config, output_dir, require
     from flep_fl.provision.kits import load_owner_kit
     from flep_fl.reporting.console import Progress
     from flep_fl.reporting.results import versions, write_json
 
     require(cfg, "out", "archive")
-    config = to_config(cfg)
-    kit = load_owner_kit(Path(config.kits) / OWNER)
+    kit = load_owner_kit(Path(cfg.kits) / OWNER)
+    config = kit_config(cfg, kit.federation.shared, kit.federation.address)
     progress = Progress(OWNER)
     with progress.live():
         release = release_data_set(config, kit, Path(config.out), on_event=progress)

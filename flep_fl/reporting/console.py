@@ -66,6 +66,15 @@ class Progress:
                 self._status = None
 
 
+def warn_few_contributors(min_contributors: int, say_line: Callable[[str], None]) -> None:
+    """Say what ``federation.min_contributors=2`` means, where it is set."""
+    if min_contributors == 2:
+        say_line(
+            "warning: federation.min_contributors=2: with two contributors, the sum minus one's own update "
+            "is the other's update"
+        )
+
+
 def round_row(record: RoundRecord) -> list[str]:
     """Format one round for the table."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flep_fl.contracts.files import write_atomic
-from flep_fl.contracts.records import RoundRecord
+from flep_fl.contracts.records import RoundRecord, SiteFailure
 
 _PACKAGES = ("flep-fl", "flwr", "torch", "torchvision", "tenseal", "pywavelets", "numpy", "cryptography")
 
@@ -51,6 +51,7 @@ def build_results(
     parameters: int,
     rounds: Sequence[RoundRecord],
     config_digest: str,
+    closing_failures: Sequence[SiteFailure] = (),
     restore: RestoreQuality | None = None,
 ) -> dict[str, Any]:
     """Assemble the content of ``results.json``.
@@ -67,12 +68,14 @@ def build_results(
         One record per round.
     config_digest
         Digest of the shared settings.
+    closing_failures
+        Sites that did not close in order; written as ``closing_failures`` where there are any.
     restore
         Restoration quality where it is known, else null is written.
     """
     good = [record for record in rounds if not record.error]
     last = good[-1] if good else None
-    return {
+    results: dict[str, Any] = {
         "cloud": cloud,
         "sites": list(sites),
         "parameters": parameters,
@@ -88,6 +91,9 @@ def build_results(
         "config_digest": config_digest,
         "versions": versions(),
     }
+    if closing_failures:
+        results["closing_failures"] = [dataclasses.asdict(failure) for failure in closing_failures]
+    return results
 
 
 def round_entry(record: RoundRecord) -> dict[str, Any]:
@@ -104,8 +110,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
-def append_round(path: Path, record: RoundRecord) -> None:
-    """Append one round as one JSON line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(round_entry(record)) + "\n")
+def write_rounds(path: Path, rounds: Sequence[RoundRecord]) -> None:
+    """Write one JSON line per round, atomically; a round's line changes until its model was evaluated."""
+    lines = [json.dumps(round_entry(record)) + "\n" for record in rounds]
+    write_atomic(path, "".join(lines).encode())

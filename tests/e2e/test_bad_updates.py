@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from federations import Federation, make_federation
+from flwr.app import Message
 
 from flep_fl.contracts.errors import QuorumError, WeightRangeError
 from flep_fl.contracts.protocol import Instruction
+from flep_fl.flower.runtime.wire import to_wire
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import ModelKey
 from flep_fl.model_security.profiles import get_profile
 from flep_fl.model_security.session import AnalystSession
+from flep_fl.reporting.results import round_entry
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
 
@@ -180,6 +184,8 @@ def test_too_few_valid_updates_fail_the_round_and_keep_the_model(tmp_path: Path)
 
     spoil(federation, "b", sometimes)
     federation.run()
+    lines = (federation.out / "cloud" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [round_entry(r) for r in federation.strategy.rounds]
     first, second = federation.strategy.rounds
     assert bad_round["on"]
     assert (first.error, second.error) == ("", "quorum")
@@ -200,11 +206,69 @@ def test_no_valid_round_at_all_is_an_error(tmp_path: Path) -> None:
 def test_nothing_of_a_sites_error_reaches_the_cloud(tmp_path: Path) -> None:
     federation = make_federation(tmp_path, "federation.rounds=1", "federation.sites=4")
     spoil(federation, "d", crash)
-    replies: list[Any] = []
+    seen: list[bytes] = []
     pulled = federation.grid.pull_messages
-    federation.grid.pull_messages = lambda ids: [r for r in pulled(ids) if not replies.append(r)]  # type: ignore[method-assign,func-returns-value]
+
+    def tap(ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(pulled(ids))
+        for reply in replies:
+            seen.extend(to_wire(reply).objects.values())
+        return replies
+
+    federation.grid.pull_messages = tap  # type: ignore[method-assign]
     federation.run()
-    errors = [r.error for r in replies if r.has_error()]
-    assert len(errors) == 1
-    assert "secret detail" not in repr(vars(errors[0]))
-    assert "num-examples" not in repr([dict(r.content) for r in replies if r.has_content()])
+    traffic = b"".join(seen)
+    assert len(traffic) > 1_000_000
+    assert b"secret detail" not in traffic
+    assert b"RuntimeError" not in traffic
+
+
+def test_a_failed_site_still_tells_how_good_the_received_model_is(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path, "federation.rounds=2", "federation.sites=4")
+    federation.sites["d"].session.seal = fail_in(2, federation.sites["d"].session.seal)  # type: ignore[method-assign]
+    federation.run()
+    first, second = federation.strategy.rounds
+    assert [(f.site, f.reason) for f in second.failed] == [("d", "weight_range")]
+    assert set(federation.strategy._evaluations[1]) == set("abcd")
+    per_site = first.bytes_down / 4 / federation.strategy.parameters
+    assert per_site <= 17.0, "the sum travels to each site once"
+
+
+def test_an_evaluation_that_comes_late_does_not_replace_the_others(tmp_path: Path) -> None:
+    federation = make_federation(tmp_path, "federation.rounds=2")
+    federation.run()
+    strategy = federation.strategy
+    record, member = strategy.rounds[0], next(iter(strategy.members.present.values()))
+    before = record.accuracy
+    strategy._note_evaluation(record, member, {"accuracy": 1.0, "loss": 0.0, "majority_accuracy": 0.5})
+    known = strategy._evaluations[1]
+    assert len(known) == 3
+    assert record.accuracy == pytest.approx(sum(k["accuracy"] for k in known.values()) / 3)
+    assert before is not None
+
+
+def fail_in(number: int, seal: Seal) -> Seal:
+    def sometimes(arrays: Any, n: int, i: Instruction) -> bytes:
+        if i.round == number:
+            raise WeightRangeError("test")
+        return seal(arrays, n, i)
+
+    return sometimes
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], -1.0, float("inf"), float("nan"), 1e9])
+def test_metrics_that_cannot_be_true_do_no_harm(tmp_path: Path, value: Any) -> None:
+    federation = make_federation(tmp_path, "federation.rounds=1")
+    pulled = federation.grid.pull_messages
+
+    def forge(ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(pulled(ids))
+        for reply in replies:
+            if reply.has_content() and "metrics" in reply.content:
+                reply.content["metrics"]["accuracy"] = value
+        return replies
+
+    federation.grid.pull_messages = forge  # type: ignore[method-assign]
+    federation.run()
+    accuracy = federation.strategy.rounds[0].accuracy
+    assert accuracy is None or 0 <= accuracy <= 1

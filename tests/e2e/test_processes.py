@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from parties import Parties, descendants, found_in, make_parties, run_script, snapshot
 
+from flep_fl.data_security.keys import ImageKeyBundle
 from flep_fl.model_security import _seal_blob
 from flep_fl.model_security.keyring import ModelKey
 
@@ -38,28 +39,33 @@ def windows(secret: bytes, size: int = 24) -> list[bytes]:
     return [form for piece in pieces for form in (piece, piece.hex().encode(), base64.b64encode(piece))]
 
 
-def secrets_of(parties: Parties) -> list[bytes]:
-    """Return pieces of every key that the cloud must never have."""
-    found: list[bytes] = []
-    for name in parties.names:
-        kit = parties.folder / "kits" / name
-        for key in ("check.key", "signing.key", "decryption.key"):
-            found += windows((kit / key).read_bytes())
+def secrets_of(parties: Parties) -> dict[str, list[bytes]]:
+    """Return pieces of every key that the cloud must never have, by kind."""
+    kits = [parties.folder / "kits" / name for name in parties.names]
     # The key as it lies in the file (compressed), and as a CKKS library holds it (64-bit coefficients).
-    packed = ModelKey.from_bytes((parties.folder / "kits" / "a" / "model.key").read_bytes()).parts.secret_key
-    found += windows(packed[200:]) + windows(_seal_blob._zstd(packed[16:], 1 << 20)[200:])
+    packed = ModelKey.from_bytes((kits[0] / "model.key").read_bytes()).parts.secret_key
     owner = parties.folder / "archive" / "owner"
-    for key in ("bundle.key", "database.key", "noise.key"):
-        # Skip the bundle's public description at its head.
-        data = (owner / key).read_bytes()
-        found += windows(data[-131000:] if key == "bundle.key" else data)
-    return list(dict.fromkeys(found))
+    bundle = ImageKeyBundle.from_bytes((owner / "bundle.key").read_bytes())
+    found = {
+        "model key, packed": windows(packed[200:]),
+        "model key": windows(_seal_blob._zstd(packed[16:], 1 << 20)[200:]),
+        "check key": windows((kits[0] / "check.key").read_bytes()),
+        "image master key": windows(bundle.master_key),
+        "secret image": windows(bundle.secret_images[0].tobytes()),
+        "noise key": windows((owner / "noise.key").read_bytes()),
+        "database key": windows((owner / "database.key").read_bytes()),
+    }
+    for kit in kits:
+        for key in ("signing.key", "decryption.key"):
+            found[f"{kit.name}/{key}"] = windows((kit / key).read_bytes())
+    return found
 
 
 def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
     for name in ("cloud", *SITES):
         parties.start(name)
     secrets = secrets_of(parties)
+    every = [piece for pieces in secrets.values() for piece in pieces]
     parties.wait_for("cloud", "round 2/2: training")
     server = [parties.processes["cloud"].pid, *descendants(parties.processes["cloud"].pid)]
     site = parties.processes["a"].pid
@@ -71,9 +77,11 @@ def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
     finally:
         for pid in (*server, site):
             os.kill(pid, signal.SIGCONT)
-    for pid in server:
-        assert found_in(memory[pid], secrets) == [], f"process {pid} of the server holds a piece of a key"
-    assert found_in(memory[site], secrets), "the search must find keys where they are"
+    for kind, pieces in secrets.items():
+        for pid in server:
+            assert found_in(memory[pid], pieces) == [], f"process {pid} of the server holds the {kind}"
+    for kind in ("model key", "check key"):  # the image keys are let go once the images are restored
+        assert found_in(memory[site], secrets[kind]), f"the search must find the {kind} where it is"
     del memory
 
     assert [parties.wait(name) for name in ("cloud", *SITES)] == [0, 0, 0, 0], parties.log("cloud")
@@ -91,10 +99,9 @@ def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
     for path in (parties.folder / "runs" / "cloud").rglob("*"):
         assert path.suffix not in {".npz", ".pt", ".safetensors"}
         if path.is_file():
-            text = path.read_bytes()
-            assert not any(secret in text for secret in secrets), f"{path} holds a piece of a key"
-    kit_of_cloud = b"".join(p.read_bytes() for p in (parties.folder / "kits" / "cloud").iterdir())
-    assert not any(secret in kit_of_cloud for secret in secrets)
+            assert not found_in([path.read_bytes()], every), f"{path} holds a piece of a key"
+    kit_of_cloud = [p.read_bytes() for p in (parties.folder / "kits" / "cloud").iterdir()]
+    assert not found_in(kit_of_cloud, every)
 
 
 def test_a_killed_site_does_not_stop_the_round(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from flep_fl.flower.runtime.wire import to_wire
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import ModelKey
 from flep_fl.model_security.profiles import CHECK_SLOTS, get_profile
+from flep_fl.model_security.session import AnalystSession
 from flep_fl.provision.kits import load_site_kit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
@@ -57,8 +60,21 @@ class TappedGrid(LocalGrid):
         return found
 
 
+SENT: dict[int, np.ndarray] = {}
+"""What each session trained last, flat, by the session's id."""
+
+
 def run(folder: Path, *overrides: str) -> tuple[Federation, TappedGrid]:
     federation = make_federation(folder, "federation.rounds=1", *overrides, grid=TappedGrid)
+    for session in (site.session for site in federation.sites.values()):
+
+        def spy(
+            arrays: Any, n: int, i: Any, session: AnalystSession = session, seal: Any = session.seal
+        ) -> bytes:
+            SENT[id(session)] = session.layout.flatten(arrays)
+            return bytes(seal(arrays, n, i))
+
+        session.seal = spy  # type: ignore[method-assign]
     federation.run()
     assert isinstance(federation.grid, TappedGrid)
     return federation, federation.grid
@@ -70,33 +86,30 @@ def untrusted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Tap
 
 
 def traces_of(federation: Federation) -> list[bytes]:
-    """Return pieces of every model that a site holds or sent, as float32 and float64."""
+    """Return pieces of what each site trained, holds and sends: plain and weighted, float32 and float64."""
     pieces = []
-    for site in federation.sites.values():
-        for value in site.session.model.values():
-            flat = np.ascontiguousarray(value).reshape(-1)
-            if flat.size >= 64 and np.abs(flat).min() > 0:
-                pieces += [flat[:8].astype("<f4").tobytes(), flat[8:12].astype("<f8").tobytes()]
-    assert pieces
+    for session in (site.session for site in federation.sites.values()):
+        for flat in (SENT[id(session)], session.layout.flatten(dict(session.model))):
+            for start in range(0, flat.size - 8, flat.size // 40):
+                part = flat[start : start + 8]
+                if np.abs(part).min() > 0:
+                    pieces += [part.astype("<f4").tobytes(), part.astype("<f8").tobytes()]
+    assert len(pieces) > 100
     return pieces
 
 
-def test_no_weight_is_in_the_traffic(untrusted: tuple[Federation, TappedGrid]) -> None:
+def test_no_weight_is_in_the_traffic_of_an_untrusted_run(untrusted: tuple[Federation, TappedGrid]) -> None:
     federation, grid = untrusted
     traffic = b"".join(grid.bytes)
     assert len(traffic) > 1_000_000
     assert not [piece for piece in traces_of(federation) if piece in traffic]
 
 
-def test_an_open_run_shows_its_weights_to_the_same_search(tmp_path: Path) -> None:
+def test_the_same_search_finds_the_weights_of_an_open_run(tmp_path: Path) -> None:
     federation, grid = run(tmp_path, "cloud=open")
-    vectors = [np.frombuffer(payload, "<f4") for payload in grid.uploads()]
-    assert len(vectors) == 3
-    share = vectors[0][-1]
-    assert 0 < share < 1
-    assert all(np.isfinite(vector).all() for vector in vectors)
-    layout = federation.sites["a"].session.layout
-    layout.unflatten(vectors[0][:-1].astype(np.float64) / share)
+    traffic = b"".join(grid.bytes)
+    found = [piece for piece in traces_of(federation) if piece in traffic]
+    assert len(found) > 30, "the search would not notice weights in the clear"
 
 
 def test_updates_decrypt_with_the_analysts_key_alone(untrusted: tuple[Federation, TappedGrid]) -> None:
@@ -132,11 +145,18 @@ def test_replies_hold_only_what_was_agreed(untrusted: tuple[Federation, TappedGr
     assert b"num-examples" not in b"".join(grid.bytes)
 
 
+def forms(secret: bytes) -> list[bytes]:
+    return [secret, secret.hex().encode(), base64.b64encode(secret)]
+
+
 def test_secrets_of_the_kits_are_not_in_the_traffic(untrusted: tuple[Federation, TappedGrid]) -> None:
     federation, grid = untrusted
     traffic = b"".join(grid.bytes)
     for path in (federation.folder / "kits").rglob("*.key"):
-        if path.name != "model.key":
-            assert path.read_bytes() not in traffic
-        else:
-            assert path.read_bytes()[300:340] not in traffic
+        data = path.read_bytes()
+        secret = data[300:332] if path.name == "model.key" else data
+        assert not [form for form in forms(secret) if form in traffic], path
+    public = federation.cloud_kit.federation.cloud_verify_key
+    assert public not in traffic
+    nonce = federation.strategy.run.encode()
+    assert nonce in traffic, "the search must find what is there"

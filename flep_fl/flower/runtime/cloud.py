@@ -24,7 +24,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from flep_fl.contracts.errors import RuntimeStartError
+from flep_fl.contracts.errors import RuntimeStartError, public_code
 from flep_fl.flower.processes import Interrupted, spawn_child, terminate
 from flep_fl.flower.runtime.clients import (
     acquire_task,
@@ -43,7 +43,7 @@ from flep_fl.flower.runtime.environment import (
     use_environment,
 )
 from flep_fl.flower.runtime.grid import GuardedGrid
-from flep_fl.flower.runtime.wire import public_code, set_task_identity
+from flep_fl.flower.runtime.wire import set_task_identity
 
 Scalar = str | int | float | bool
 

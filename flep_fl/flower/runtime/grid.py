@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,9 @@ from flep_fl.contracts.errors import RuntimeStartError
 from flep_fl.flower.processes import Interrupted
 from flep_fl.flower.runtime.clients import task_client
 from flep_fl.flower.runtime.timing import REPLIES_POLL
+from flep_fl.flower.runtime.wire import undecodable_reply
+
+_LOG = logging.getLogger(__name__)
 
 _RETRY_WAIT = 0.2
 _RETRY_LIMIT = 10.0
@@ -69,9 +73,22 @@ class GuardedGrid(HttpGrid):
             return super().push_messages(list(messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are here now, without waiting; each reply is returned once."""
-        with self._guard():
-            return super().pull_messages(list(message_ids))
+        """Return the replies that are here now, without waiting; each reply is returned once.
+
+        Replies are fetched one by one: one that does not decode becomes an error reply of its own and costs
+        the others nothing.
+        """
+        replies: list[Message] = []
+        for message_id in message_ids:
+            with self._guard():
+                try:
+                    replies += super().pull_messages([message_id])
+                except (httpx.HTTPError, RuntimeStartError):
+                    raise
+                except Exception as exc:
+                    _LOG.warning("a reply does not decode (%s)", type(exc).__name__)
+                    replies.append(undecodable_reply(message_id, self.run.run_id))
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -20,7 +20,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from flep_fl.contracts.errors import IdleTimeoutError, RuntimeStartError
+from flep_fl.contracts.errors import IdleTimeoutError, RuntimeStartError, public_code
 from flep_fl.flower.processes import Interrupted, interruptible, spawn_child, terminate
 from flep_fl.flower.runtime.clients import acquire_task, acquiring_client, task_client, task_heartbeat
 from flep_fl.flower.runtime.environment import (
@@ -34,7 +34,7 @@ from flep_fl.flower.runtime.environment import (
     use_environment,
 )
 from flep_fl.flower.runtime.timing import TASK_POLL
-from flep_fl.flower.runtime.wire import describe, error_reply, public_code
+from flep_fl.flower.runtime.wire import describe, error_reply
 
 Scalar = str | int | float | bool
 

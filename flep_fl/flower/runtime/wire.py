@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import cast
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, Metadata
+from flwr.app.message import make_message
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from flep_fl.contracts.errors import PUBLIC_CODES, FlepError
+from flep_fl.contracts.errors import FlepError, MalformedUpdateError, public_code
 
 _logger = logging.getLogger(__name__)
 
@@ -54,11 +57,6 @@ def from_wire(wire: WireMessage) -> Message:
     return message
 
 
-def public_code(exc: BaseException) -> str:
-    """Return the reason that an untrusted cloud may learn: an allow-listed code, or ``error``."""
-    return exc.code if isinstance(exc, FlepError) and exc.code in PUBLIC_CODES else FlepError.code
-
-
 def describe(exc: BaseException) -> str:
     """Return one line for the local log; what was not raised on purpose also goes to logging in full."""
     if isinstance(exc, FlepError):
@@ -77,6 +75,23 @@ def unavailable_reply(message: Message) -> Message:
     reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "node unavailable"), reply_to=message)
     reply.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
     return reply
+
+
+def undecodable_reply(message_id: str, run_id: int) -> Message:
+    """Return the error reply that stands for a reply whose bytes are not a message."""
+    metadata = Metadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
+        message_type=SYSTEM_MESSAGE_TYPE,
+        group_id="",
+        ttl=0,
+        reply_to_message_id=message_id,
+        created_at=time.time(),
+    )
+    error = Error(ErrorCode.MESSAGE_UNAVAILABLE, MalformedUpdateError.code)
+    return make_message(metadata=metadata, error=error)
 
 
 def set_task_identity(run_id: int, node_id: int = SUPERLINK_NODE_ID, task_id: int = 1) -> None:

@@ -45,25 +45,28 @@ def test_a_sum_without_share_is_refused(total):
 
 def test_open_federations_add_in_float64():
     cipher, adder = PlainModelCipher("open"), PlainAdder(3)
-    vectors = [np.array([0.1, -2.0, 1e-3]) * k for k in (1, 2, 3)]
+    models = [np.array([0.1, -2.0], np.float32) * np.float32(k) for k in (1, 2, 3)]
+    shares = [0.1, 0.25, 1 / 3]
+    vectors = [np.append(w.astype(np.float64) * c, c) for w, c in zip(models, shares, strict=True)]
     for vector in vectors:
-        adder.add(cipher.encrypt(vector))
+        payload = cipher.encrypt(vector)
+        assert len(payload) == 2 * 4 + 8
+        adder.add(payload)
     total = cipher.decrypt(adder.result(), 3)
     assert adder.count == 3 and total.dtype == np.float64
-    assert np.abs(total - sum(vectors)).max() < 1e-6
-    assert np.array_equal(total, sum(v.astype(np.float32).astype(np.float64) for v in vectors))
+    assert np.abs(total - sum(vectors)).max() < 1e-15, "float32 models are averaged exactly"
 
 
 def test_open_payloads_that_do_not_fit_leave_the_sum_alone():
     cipher, adder = PlainModelCipher("open"), PlainAdder(3)
     good = cipher.encrypt(np.ones(3))
     adder.add(good)
-    for bad in (b"", good[:-1], good + b"\0", np.array([1, np.nan, 2], "<f4").tobytes()):
+    for bad in (b"", good[:-1], good + b"\0", b"\x00\x00\xc0\x7f" * 4):
         with pytest.raises(CiphertextError):
             adder.add(bad)
     assert adder.count == 1 and cipher.decrypt(adder.result(), 3).tolist() == [1.0, 1.0, 1.0]
     with pytest.raises(CiphertextError, match="no payload"):
         PlainAdder(3).result()
-    for bad_vector in (np.array([1e39]), np.array([np.nan]), np.array([])):
+    for bad_vector in (np.array([1e39, 1e-3]), np.array([1.0, np.nan]), np.array([1.0, 0.0]), np.array([])):
         with pytest.raises(WeightRangeError):
             cipher.encrypt(bad_vector)
