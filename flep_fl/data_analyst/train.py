@@ -19,12 +19,14 @@ from flep_fl.contracts.errors import ConfigError, DataError, EmptyDatasetError, 
 ImageArray = NDArray[np.uint8] | NDArray[np.float32]
 """(N, C, H, W), uint8 or float32 on the 0..255 scale."""
 
+_EPSILON = 1e-6  # torch's 1e-8 blows rounding errors in a vanishing gradient up to whole steps
+
 OptimizerFactory = Callable[[list[Parameter], float], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4),
-    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, eps=_EPSILON),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2, eps=_EPSILON),
 }
 """Local optimisers by name; fresh state every round, as in FedAvg (McMahan et al. 2017)."""
 
