@@ -16,6 +16,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
 
 from flep_fl.contracts.errors import ConfigError, PortInUseError, RuntimeStartError
 from flep_fl.flower.processes import Interrupted
@@ -245,3 +247,22 @@ def test_a_refusal_of_the_superlink_is_a_named_error() -> None:
     client._client = httpx.Client(transport=httpx.MockTransport(lambda _request: httpx.Response(401)))
     with pytest.raises(RuntimeStartError, match="does not answer"):
         grid.get_node_ids()
+
+
+def test_a_reply_that_does_not_decode_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Message(RecordDict(), 1, "train")
+
+    def pull(_grid: HttpGrid, message_ids: list[str]) -> list[Message]:
+        if message_ids == ["bad"]:
+            raise ValueError("crafted bytes")
+        return [good]
+
+    monkeypatch.setattr(HttpGrid, "pull_messages", pull)
+    grid = GuardedGrid("127.0.0.1:9", "token", admin_token=b"x", stop=threading.Event(), check=lambda: None)
+    grid.set_run(Run.create_empty(7))
+    first, bad, last = grid.pull_messages(["one", "bad", "two"])
+    assert first is good
+    assert last is good
+    assert bad.has_error()
+    assert bad.error.reason == "malformed"
+    assert bad.metadata.reply_to_message_id == "bad"
