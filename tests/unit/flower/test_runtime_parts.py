@@ -250,6 +250,7 @@ def test_a_refusal_of_the_superlink_is_a_named_error() -> None:
 
 
 def test_a_reply_that_does_not_decode_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_task_identity(1)
     good = Message(RecordDict(), 1, "train")
 
     def pull(_grid: HttpGrid, message_ids: list[str]) -> list[Message]:
