@@ -98,7 +98,7 @@ def _as_config_error(exc: Exception) -> ConfigError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if "use +" not in line and not line.startswith(("object_type", "See "))]
     return ConfigError(
-        "The configuration is not valid: " + " ".join(kept[:3]),
+        "The configuration is not valid: " + ", ".join(kept)[:400].replace(":, ", ": ").replace(".,", "."),
         remedy="Run the command with --help to see every option and its value",
     )
 
