@@ -42,5 +42,6 @@ def test_every_command_names_a_module_and_options_that_exist(command: str) -> No
         name = argument.strip("'").partition("=")[0]
         if "=" in argument:
             leaf = name.rpartition(".")[2]
-            assert re.search(rf"^\s*{re.escape(leaf)}:", done.stdout, flags=re.MULTILINE), f"{name} in {command}"
-
+            assert re.search(rf"^\s*{re.escape(leaf)}:", done.stdout, flags=re.MULTILINE), (
+                f"{name} in {command}"
+            )

@@ -18,11 +18,12 @@ from flep_fl.contracts.errors import (
     RecordError,
     WrongImageKeyError,
 )
-from flep_fl.contracts.ports import Denoise, RecordSource
+from flep_fl.contracts.ports import Denoise, ImageCipher, RecordSource
 from flep_fl.contracts.records import SealedRecord
 from flep_fl.data_security.keys import ImageKeyBundle
 from flep_fl.data_security.labels import open_label
-from flep_fl.data_security.pipeline import RestoreOrder, RestoringCipher
+from flep_fl.data_security.pipeline import RestoreOrder, pixel_type
+from flep_fl.data_security.restoring import decrypt_images, denoised, require_order, residual_std
 
 _BATCH = 16  # images decrypted and denoised at once
 
@@ -34,7 +35,8 @@ class RestoredSplit:
     Attributes
     ----------
     images
-        float32, shape (N, 1, S, S') on the 0..255 scale, clipped.
+        float32, shape (N, C, S, S') on the 0..255 scale, clipped; C is 1 for grey images. Images of 16
+        bits keep their fractions of a grey level.
     labels
         int64, shape (N,).
     skipped
@@ -52,7 +54,7 @@ class RestoredSplit:
 def restore_split(
     source: RecordSource,
     *,
-    cipher: RestoringCipher,
+    cipher: ImageCipher,
     bundle: ImageKeyBundle,
     denoise: Denoise | None,
     split: str,
@@ -70,16 +72,18 @@ def restore_split(
     source
         Where the sealed records come from.
     cipher
-        The image cipher over ``bundle``; undoes everything but irreversible noise.
+        The image cipher over ``bundle``; undoes everything but irreversible noise. Where it leaves none,
+        pixels are rounded to the levels that they were, so that a lossless wire costs nothing at all.
     bundle
         Key bundle, for the labels.
     denoise
-        The denoiser for the bundle's noise; None where nothing is left to remove.
+        The denoiser for the bundle's noise, called with each channel as an image of its own; None where
+        nothing is left to remove.
     split
         "train" or "test".
     input_size
         Side of the classifier's input in pixels, by exact area averages. Smaller images are not enlarged;
-        None keeps every size. All images must end at one size.
+        None keeps every size. All images must end at one size, with one number of channels.
     order
         ``denoise_first``: the denoiser sees the wire image, as the paper has it.
     on_corrupt
@@ -98,9 +102,15 @@ def restore_split(
         The records were sealed under another bundle.
     EmptyDatasetError
         The split has no usable record.
+    DenoiserError
+        The denoiser returned something that is no such batch.
     DataError
-        Images differ in size and ``input_size`` is None.
+        Images differ in channels, or in size while ``input_size`` is None.
+    CipherParameterError
+        The cipher cannot follow ``order``.
     """
+    require_order(cipher, order)
+    noiseless = residual_std(cipher) == 0
     if input_size is not None and input_size < 1:
         raise ConfigError("model.input_size is out of range", expected=">= 1 or null", found=input_size)
     skipped: list[str] = []
@@ -112,9 +122,12 @@ def restore_split(
         on_corrupt(error)
 
     def decrypt(envelopes: Sequence[bytes]) -> list[NDArray[np.float32]]:
-        if order == "denoise_first":
-            return cipher.decrypt(envelopes, denoise=denoise, order=order)
-        return cipher.decrypt(envelopes)
+        first = denoise if order == "denoise_first" else None
+        images = decrypt_images(cipher, envelopes, denoise=first, order=order)
+        if noiseless:
+            pairs = zip(images, envelopes, strict=True)
+            images = [_whole_levels(image, envelope) for image, envelope in pairs]
+        return [image[None] if image.ndim == 2 else image for image in images]
 
     images: list[NDArray[np.float32]] = []
     labels: list[int] = []
@@ -123,19 +136,20 @@ def restore_split(
         for _, group in groupby(opened, key=lambda pair: pair[0].shape):
             members = list(group)
             stack = np.stack([image for image, _ in members])
-            restored = stack if denoise is None or order == "denoise_first" else denoise(stack)
-            images.extend(_reduce(image, input_size) for image in restored)
+            if denoise is not None and order == "restore_first":
+                stack = denoised(denoise, stack.reshape(-1, *stack.shape[2:])).reshape(stack.shape)
+            images.extend(np.stack([_reduce(plane, input_size) for plane in image]) for image in stack)
             labels.extend(label for _, label in members)
     if not images:
         raise EmptyDatasetError(f"the {split} split has no usable record")
     if len(shapes := {image.shape for image in images}) > 1:
         raise DataError(
-            "the restored images differ in size",
-            expected="one size",
-            found=f"{len(shapes)} sizes",
-            remedy="Set model.input_size, or seal the images at one data.image_size",
+            "the restored images differ in size or channels",
+            expected="one shape",
+            found=f"{len(shapes)} shapes",
+            remedy="Set model.input_size, or seal the images at one data.image_size and in one colour mode",
         )
-    pixels = np.stack(images)[:, None]
+    pixels = np.stack(images)
     np.clip(pixels, 0.0, 255.0, out=pixels)
     return RestoredSplit(pixels, np.array(labels, dtype=np.int64), tuple(skipped))
 
@@ -147,7 +161,7 @@ def _open(
     split: str,
     report: Callable[[RecordError, str], None],
 ) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Decrypt a batch; where it fails, decrypt one by one to name the record that is at fault."""
+    """Decrypt a batch to (C, H, W) each; where it fails, go one by one to name the record at fault."""
     try:
         images = decrypt([record.envelope for record in batch])
     except WrongImageKeyError:
@@ -169,7 +183,15 @@ def _open(
             report(error, record.record_id)
 
 
+def _whole_levels(image: NDArray[np.float32], envelope: bytes) -> NDArray[np.float32]:
+    """Round to whole levels of the image's own dtype; 257 levels of a uint16 image are one of the scale."""
+    levels = np.float32(np.iinfo(pixel_type(envelope)).max // 255)
+    rounded: NDArray[np.float32] = np.rint(image * levels) / levels
+    return rounded
+
+
 def _reduce(image: NDArray[np.float32], side: int | None) -> NDArray[np.float32]:
+    """Reduce one channel (H, W)."""
     if side is None or max(image.shape) <= side:
         return np.asarray(image, dtype=np.float32)
     floats = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))

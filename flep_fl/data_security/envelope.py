@@ -12,28 +12,32 @@ import hmac
 import struct
 from dataclasses import dataclass
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 
 from flep_fl.contracts.errors import EnvelopeError, EnvelopeVersionError, WrongImageKeyError
+from flep_fl.data_security.parameters import BITS
 
 FORMAT_VERSION = 1
 NONCE_BYTES = 16
 IV_BYTES = 16
 MAX_SIDE = 1 << 16
+MAX_CHANNELS = (1 << 16) - 1
 DTYPE_UINT8 = 1
-"""Code of uint8 images; other codes are for later format versions."""
+DTYPE_UINT16 = 2
+DTYPES: dict[int, type[np.uint8 | np.uint16]] = {DTYPE_UINT8: np.uint8, DTYPE_UINT16: np.uint16}
+"""Codes of the images' dtypes."""
 
 KIND_PLAIN = 0
 KIND_SEALED = 1
 
 _MAGIC = b"FLEI"
-_FIXED = struct.Struct(">4sBB16sIBBB")
-_GREY_SHAPE = struct.Struct(">II")
-_GREY_DIMENSIONS = 2
+_FIXED = struct.Struct(">4sBB16sIB4sHII")
+_BANDS = 4
 _SIV_NONCE_BYTES = 12
 TAG_BYTES = 16
-HEADER_BYTES = _FIXED.size + _GREY_SHAPE.size + NONCE_BYTES + IV_BYTES
+HEADER_BYTES = _FIXED.size + NONCE_BYTES + IV_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Header:
     key_id, epoch
         Which key bundle opens it; 32 hex digits and a number.
     bits
-        Bits per wire coefficient, 8 or 16.
+        Bits per wire coefficient of LL, LH, HL, HH.
     height, width
         Shape of the image before padding, in pixels.
     nonce
@@ -56,17 +60,26 @@ class Header:
         16 bytes, the synthetic IV.
     dtype
         Code of the image's dtype.
+    channels
+        0 for a grey image (H, W), else the C of (C, H, W).
     """
 
     kind: int
     key_id: str
     epoch: int
-    bits: int
+    bits: tuple[int, ...]
     height: int
     width: int
     nonce: bytes
     iv: bytes = bytes(IV_BYTES)
     dtype: int = DTYPE_UINT8
+    channels: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the image: (H, W) or (C, H, W)."""
+        plane = (self.height, self.width)
+        return (self.channels, *plane) if self.channels else plane
 
     def without_iv(self) -> bytes:
         """Return the header up to the nonce: what the synthetic IV authenticates."""
@@ -78,15 +91,16 @@ class Header:
                 bytes.fromhex(self.key_id),
                 self.epoch,
                 self.dtype,
-                self.bits,
-                _GREY_DIMENSIONS,
+                bytes(self.bits),
+                self.channels,
+                self.height,
+                self.width,
             )
-            + _GREY_SHAPE.pack(self.height, self.width)
             + self.nonce
         )
 
     def to_bytes(self) -> bytes:
-        """Return the canonical header, 69 bytes."""
+        """Return the canonical header, 73 bytes."""
         return self.without_iv() + self.iv
 
 
@@ -119,18 +133,16 @@ def parse_header(envelope: bytes) -> Header:
             found=len(envelope),
             remedy="Ask the data owner for this record again",
         )
-    _, _, kind, key_id, epoch, dtype, bits, dimensions = _FIXED.unpack_from(envelope)
-    if dimensions != _GREY_DIMENSIONS or dtype != DTYPE_UINT8 or bits not in (8, 16):
-        raise EnvelopeError("The envelope's header describes no 8-bit grey image")
+    fields = _FIXED.unpack_from(envelope)
+    _, _, kind, key_id, epoch, dtype, bits, channels, height, width = fields
+    if dtype not in DTYPES or len(bits) != _BANDS or not all(width in BITS for width in bits):
+        raise EnvelopeError("The envelope's header describes no image of 8 or 16 bits")
     if kind not in (KIND_PLAIN, KIND_SEALED):
         raise EnvelopeError("The envelope is of an unknown kind", found=kind)
-    height, width = _GREY_SHAPE.unpack_from(envelope, _FIXED.size)
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise EnvelopeError("The envelope's header gives an impossible image size")
-    tail = envelope[_FIXED.size + _GREY_SHAPE.size :]
-    return Header(
-        kind, key_id.hex(), epoch, bits, height, width, tail[:NONCE_BYTES], tail[NONCE_BYTES:], dtype
-    )
+    nonce, iv = envelope[_FIXED.size : -IV_BYTES], envelope[-IV_BYTES:]
+    return Header(kind, key_id.hex(), epoch, tuple(bits), height, width, nonce, iv, dtype, channels)
 
 
 def seal(header: Header, wire: bytes, key: bytes) -> bytes:
@@ -160,14 +172,7 @@ def unseal(header: Header, envelope: bytes, key: bytes, *, wire_bytes: int) -> b
     EnvelopeError
         When the envelope is truncated, too long or altered.
     """
-    expected = HEADER_BYTES + wire_bytes + TAG_BYTES
-    if len(envelope) != expected:
-        raise EnvelopeError(
-            "The envelope is truncated or has trailing bytes",
-            expected=f"{expected} bytes",
-            found=len(envelope),
-            remedy="Ask the data owner for this record again",
-        )
+    require_length(envelope, wire_bytes)
     head, body = bytes(envelope[:HEADER_BYTES]), bytes(envelope[HEADER_BYTES:])
     altered = EnvelopeError("The envelope was altered", remedy="Ask the data owner for this record again")
     if header.kind == KIND_PLAIN:
@@ -179,6 +184,24 @@ def unseal(header: Header, envelope: bytes, key: bytes, *, wire_bytes: int) -> b
         return AESGCMSIV(key).decrypt(_siv_nonce(header), body, head)
     except InvalidTag as exc:
         raise altered from exc
+
+
+def require_length(envelope: bytes, wire_bytes: int) -> None:
+    """Refuse an envelope whose length does not follow from its header, before anything is allocated.
+
+    Raises
+    ------
+    EnvelopeError
+        When it is truncated or too long.
+    """
+    expected = HEADER_BYTES + wire_bytes + TAG_BYTES
+    if len(envelope) != expected:
+        raise EnvelopeError(
+            "The envelope is truncated or has trailing bytes",
+            expected=f"{expected} bytes",
+            found=len(envelope),
+            remedy="Ask the data owner for this record again",
+        )
 
 
 def require_key(header: Header, key_id: str, epoch: int) -> None:

@@ -1,13 +1,19 @@
-"""The image key bundle: what an analyst needs to open the images of one owner and epoch."""
+"""The image key bundle: what an analyst needs to open the images of one owner and epoch.
+
+The paper's "group keys" are the pair (sequence key, b) of one epoch: here the scramble sub-key, derived from
+the master key for every image, and ``CipherParameters.block_side``. Its "regularly changed" group keys are
+epochs: :meth:`ImageKeyBundle.rotate` draws the next one, :mod:`flep_fl.data_security.epochs` keeps several.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,11 +41,14 @@ SECRET_IMAGE_SIDE = 256
 SECRET_IMAGES = 2
 MAX_SECRET_SIDE = 4096
 MIN_NOISE_SECRET = 16
+LAST_EPOCH = (1 << 32) - 1
+DEFAULT_CIPHER = "flep"
 
 _MAGIC = b"FLEPKEY\x00"
 _PREFIX = struct.Struct(">8sBI")
 _DIGEST_BYTES = 32
 _DOMAIN = b"flep-fl/v1/"
+_CIPHER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -66,6 +75,9 @@ class ImageKeyBundle:
         Parameters of the layers.
     secret_images
         uint8 (h, w) arrays with even sides in 2..4096, read-only.
+    cipher_name
+        Which cipher the images were sealed with: a preset, or a class of somebody's own by dotted name.
+        It is data, never permission: a reader imports nothing that its own settings do not allow.
     version
         Format version of the bundle.
     key_id
@@ -83,15 +95,22 @@ class ImageKeyBundle:
     cipher: CipherParameters
     noise: NoiseParameters
     secret_images: tuple[NDArray[np.uint8], ...]
+    cipher_name: str = DEFAULT_CIPHER
     version: int = BUNDLE_VERSION
     key_id: str = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.master_key, bytes) or len(self.master_key) != KEY_BYTES:
             raise CipherParameterError("The master key has the wrong length", expected="32 bytes")
-        if isinstance(self.epoch, bool) or not isinstance(self.epoch, int) or not 1 <= self.epoch < 1 << 32:
+        if type(self.epoch) is not int or not 1 <= self.epoch <= LAST_EPOCH:
             raise CipherParameterError(
-                "epoch is out of range", expected="an integer from 1", found=repr(self.epoch)
+                "epoch is out of range", expected=f"an integer in 1..{LAST_EPOCH}", found=repr(self.epoch)
+            )
+        if not isinstance(self.cipher_name, str) or not _CIPHER_NAME.fullmatch(self.cipher_name):
+            raise CipherParameterError(
+                "cipher.name is not a name",
+                expected="1 to 128 letters, digits, dots, hyphens and underscores",
+                found=repr(self.cipher_name),
             )
         if self.version != BUNDLE_VERSION:
             raise CipherParameterError("Unknown bundle version", expected=BUNDLE_VERSION, found=self.version)
@@ -113,6 +132,7 @@ class ImageKeyBundle:
         epoch: int = 1,
         entropy: Entropy = secrets.token_bytes,
         secret_images: Sequence[NDArray[np.uint8]] | None = None,
+        cipher_name: str = DEFAULT_CIPHER,
     ) -> ImageKeyBundle:
         """Make a bundle with a fresh master key.
 
@@ -127,6 +147,8 @@ class ImageKeyBundle:
         secret_images
             The owner's own secret images; by default two of 256 x 256 uniform pixels, the
             choice that hides most (a photograph has near-empty detail bands).
+        cipher_name
+            Name of the cipher that seals under this bundle.
         """
         master_key = entropy(KEY_BYTES)
         if secret_images is None:
@@ -134,7 +156,45 @@ class ImageKeyBundle:
             secret_images = [
                 keystream(entropy(KEY_BYTES), side * side).reshape(side, side) for _ in range(SECRET_IMAGES)
             ]
-        return cls(master_key, epoch, params, noise, tuple(secret_images))
+        return cls(master_key, epoch, params, noise, tuple(secret_images), cipher_name)
+
+    def rotate(
+        self,
+        *,
+        params: CipherParameters | None = None,
+        noise: NoiseParameters | None = None,
+        secret_images: Sequence[NDArray[np.uint8]] | None = None,
+        entropy: Entropy = secrets.token_bytes,
+    ) -> ImageKeyBundle:
+        """Make the bundle of the next epoch: a fresh master key, drawn and not derived from this one.
+
+        So whoever steals the bundle of one epoch opens that epoch, and neither the ones before nor the ones
+        after it. This bundle still opens what was sealed under it.
+
+        Parameters
+        ----------
+        params, noise
+            New parameters (the paper changes the block side along with the key); those of this bundle by
+            default.
+        secret_images
+            The owner's own; fresh uniform ones by default, because without the mask a secret image that
+            two epochs share helps the holder of one to read the other.
+        entropy
+            Source of randomness; anything but ``secrets.token_bytes`` is for tests.
+
+        Raises
+        ------
+        CipherParameterError
+            After the last epoch, or when a secret image is unusable.
+        """
+        return ImageKeyBundle.generate(
+            self.cipher if params is None else params,
+            self.noise if noise is None else noise,
+            epoch=self.epoch + 1,
+            entropy=entropy,
+            secret_images=secret_images,
+            cipher_name=self.cipher_name,
+        )
 
     # --- sub-keys -----------------------------------------------------------------------------------
 
@@ -177,6 +237,10 @@ class ImageKeyBundle:
         CipherParameterError
             When a parameter is outside its valid set.
         """
+        if not isinstance(data, bytes):
+            raise ImageKeyError(
+                "An image key bundle has the wrong type", expected="bytes", found=type(data).__name__
+            )
         if len(data) < _PREFIX.size + KEY_BYTES + _DIGEST_BYTES or data[: len(_MAGIC)] != _MAGIC:
             raise ImageKeyError("This is not an image key bundle", remedy="Ask the data owner for it again")
         _, version, length = _PREFIX.unpack_from(data)
@@ -202,11 +266,11 @@ class ImageKeyBundle:
             images.append(image.reshape(height, width))
             offset += height * width
         try:
-            cipher = CipherParameters(**{**fields["cipher"], "layers": tuple(fields["cipher"]["layers"])})
-            noise = NoiseParameters(**fields["noise"])
-        except (TypeError, KeyError) as exc:
-            raise _damaged("a parameter is missing or unknown") from exc
-        bundle = cls(master_key, fields["epoch"], cipher, noise, tuple(images))
+            cipher = CipherParameters(**_without_lists(fields["cipher"]))
+            noise = NoiseParameters(**_without_lists(fields["noise"]))
+        except TypeError as exc:
+            raise _damaged("a parameter is missing, unknown or of the wrong type") from exc
+        bundle = cls(master_key, fields["epoch"], cipher, noise, tuple(images), fields["cipher_name"])
         if not hmac.compare_digest(bundle.to_bytes(), data):
             raise _damaged("it is not in canonical form")
         return bundle
@@ -215,6 +279,7 @@ class ImageKeyBundle:
         """Return the public fields as canonical JSON."""
         fields = {
             "cipher": asdict(self.cipher),
+            "cipher_name": self.cipher_name,
             "noise": asdict(self.noise),
             "secret_images": [list(image.shape) for image in self.secret_images],
             **extra,
@@ -231,8 +296,9 @@ class ImageKeyBundle:
 
     def __repr__(self) -> str:
         return (
-            f"ImageKeyBundle(key_id={self.key_id!r}, epoch={self.epoch}, cipher={self.cipher!r}, "
-            f"noise={self.noise!r}, master_key=<hidden>, secret_images=<{len(self.secret_images)} hidden>)"
+            f"ImageKeyBundle(key_id={self.key_id!r}, epoch={self.epoch}, cipher_name={self.cipher_name!r}, "
+            f"cipher={self.cipher!r}, noise={self.noise!r}, master_key=<hidden>, "
+            f"secret_images=<{len(self.secret_images)} hidden>)"
         )
 
 
@@ -281,19 +347,32 @@ def _read_description(text: bytes) -> dict[str, Any]:
     """Parse the JSON part of a bundle and check its types; values are checked by the classes they go to."""
     try:
         fields = json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise _damaged("its description does not parse") from exc
-    if not isinstance(fields, dict) or set(fields) != {"cipher", "noise", "secret_images", "epoch"}:
+    if not isinstance(fields, dict) or set(fields) != {
+        "cipher",
+        "cipher_name",
+        "noise",
+        "secret_images",
+        "epoch",
+    }:
         raise _damaged("a field is missing or unknown")
     cipher, noise, shapes = fields["cipher"], fields["noise"], fields["secret_images"]
     if not isinstance(cipher, dict) or not isinstance(noise, dict) or not isinstance(shapes, list):
-        raise _damaged("a field has the wrong type")
-    if not isinstance(cipher.get("layers"), list):
         raise _damaged("a field has the wrong type")
     for shape in shapes:
         if not isinstance(shape, list) or len(shape) != 2 or not all(_is_side(side) for side in shape):
             raise _damaged("a secret image has an impossible size")
     return fields
+
+
+def _without_lists(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn JSON's lists back into the tuples that the parameter classes hold."""
+
+    def frozen(value: object) -> object:
+        return tuple(frozen(item) for item in value) if isinstance(value, list) else value
+
+    return {name: frozen(value) for name, value in fields.items()}
 
 
 def _is_side(value: object) -> bool:

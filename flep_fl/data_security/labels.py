@@ -96,6 +96,18 @@ def open_blob(bundle: ImageKeyBundle, purpose: str, sealed: bytes) -> bytes:
     return _open(bundle, "blob", _bind(purpose), sealed, f"The sealed {purpose}")
 
 
+def sealed_under(sealed: bytes) -> tuple[str, int]:
+    """Return the key id (32 hex digits) and epoch that a sealed label or blob names in the clear.
+
+    Raises
+    ------
+    EnvelopeError
+        When it is truncated or not one of ours (:class:`EnvelopeVersionError` for another format).
+    """
+    _, key_id, epoch, _ = _parse(sealed, "The sealed label")
+    return key_id.hex(), epoch
+
+
 def _bind(*parts: str) -> bytes:
     # Lengths first, so that ("ab", "c") and ("a", "bc") differ.
     encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
@@ -109,14 +121,7 @@ def _seal(bundle: ImageKeyBundle, label: str, context: bytes, data: bytes, entro
 
 
 def _open(bundle: ImageKeyBundle, label: str, context: bytes, sealed: bytes, what: str) -> bytes:
-    if len(sealed) < _HEAD.size + _TAG_BYTES or sealed[: len(_MAGIC)] != _MAGIC:
-        raise EnvelopeError(f"{what} is truncated or not one of ours")
-    head = bytes(sealed[: _HEAD.size])
-    _, version, key_id, epoch, nonce = _HEAD.unpack(head)
-    if version != FORMAT_VERSION:
-        raise EnvelopeVersionError(
-            f"{what} has an unknown format version", expected=FORMAT_VERSION, found=version
-        )
+    head, key_id, epoch, nonce = _parse(sealed, what)
     if not hmac.compare_digest(key_id, bytes.fromhex(bundle.key_id)) or epoch != bundle.epoch:
         raise WrongImageKeyError(
             f"{what} was sealed under another key bundle",
@@ -125,9 +130,22 @@ def _open(bundle: ImageKeyBundle, label: str, context: bytes, sealed: bytes, wha
             remedy="Ask the data owner for the bundle that matches the archive",
         )
     try:
-        return AESGCMSIV(bundle.subkey(label)).decrypt(nonce, bytes(sealed[_HEAD.size :]), head + context)
+        return AESGCMSIV(bundle.subkey(label)).decrypt(nonce, sealed[_HEAD.size :], head + context)
     except InvalidTag as exc:
         raise EnvelopeError(
             f"{what} was altered, or belongs to something else",
             remedy="Ask the data owner for this record again",
         ) from exc
+
+
+def _parse(sealed: bytes, what: str) -> tuple[bytes, bytes, int, bytes]:
+    """Return head, key id, epoch and nonce."""
+    if not isinstance(sealed, bytes) or len(sealed) < _HEAD.size + _TAG_BYTES or sealed[:4] != _MAGIC:
+        raise EnvelopeError(f"{what} is truncated or not one of ours")
+    head = sealed[: _HEAD.size]
+    _, version, key_id, epoch, nonce = _HEAD.unpack(head)
+    if version != FORMAT_VERSION:
+        raise EnvelopeVersionError(
+            f"{what} has an unknown format version", expected=FORMAT_VERSION, found=version
+        )
+    return head, key_id, epoch, nonce

@@ -4,64 +4,45 @@ from __future__ import annotations
 
 import math
 import secrets
+import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from numpy.typing import NDArray
 
-from flep_fl.contracts.errors import CipherParameterError, DenoiserError, EnvelopeError, ImageFormatError
-from flep_fl.contracts.ports import Denoise, Entropy, ImageBatch
-from flep_fl.data_security.chaos import chaotic_order
-from flep_fl.data_security.encode import (
-    blend_planes,
-    forward,
-    inverse,
-    make_quantiser,
-    modular_planes,
-    split,
-    window,
-)
+from flep_fl.contracts.errors import CipherParameterError, EnvelopeError, ImageFormatError
+from flep_fl.contracts.ports import Denoise, Entropy, ImageBatch, ImageCipher
+from flep_fl.data_security.encode import PEAK
 from flep_fl.data_security.envelope import (
+    DTYPE_UINT8,
+    DTYPE_UINT16,
+    DTYPES,
     IV_BYTES,
     KIND_PLAIN,
     KIND_SEALED,
+    MAX_CHANNELS,
     MAX_SIDE,
     NONCE_BYTES,
     Header,
     parse_header,
     require_key,
+    require_length,
     seal,
     unseal,
 )
-from flep_fl.data_security.keys import (
-    ImageKeyBundle,
-    LayerKeys,
-    owner_noise_commitment,
-    owner_noise_key,
-)
-from flep_fl.data_security.mask import add_mask, remove_mask
-from flep_fl.data_security.noise import draw, integer_table, real_table
-from flep_fl.data_security.scramble import scramble, unscramble
-from flep_fl.data_security.stream import keystream32
+from flep_fl.data_security.keys import ImageKeyBundle, owner_noise_commitment, owner_noise_key
+from flep_fl.data_security.packing import pack, packed_size, unpack, word_type
+from flep_fl.data_security.planes import CHUNK_PIXELS, PlaneCoder, Words
+from flep_fl.data_security.restoring import decrypt_images, denoised
 
 RestoreOrder = Literal["restore_first", "denoise_first"]
-WireBatch = NDArray[np.unsignedinteger]
-"""(N, H', W') of uint8 or uint16: the padded wire images."""
-
 RESTORE_ORDERS: tuple[RestoreOrder, ...] = ("restore_first", "denoise_first")
 
-GUARD_DEVIATIONS = 3.0
-"""Noise saturates beyond this many standard deviations past black and white."""
-
-CHUNK_PIXELS = 1 << 18
-"""Images are worked on in batches of about this many pixels, which stay in the processor's cache."""
-
-_DC_GAIN = 2.0
-"""A flat image of grey level g has the approximation coefficient 2g in any level-1 orthonormal 2-D DWT."""
+_Image = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class RestoringCipher(Protocol):
@@ -78,19 +59,8 @@ class RestoringCipher(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What the parameters mean in wire levels; computed once per cipher."""
-
-    modular: bool
-    blend_alpha: float
-    noise_mean: float
-    noise_mean_details: float
-    noise_std: float
-
-
 class ThreeLayerCipher:
-    """Encrypts 8-bit grey images for release and restores them at the analyst.
+    """Encrypts grey and colour images of 8 or 16 bits for release and restores them at the analyst.
 
     Parameters
     ----------
@@ -120,38 +90,12 @@ class ThreeLayerCipher:
         self._noise_secret = noise_secret
         self._commitment = b"" if noise_secret is None else owner_noise_commitment(noise_secret)
         self._mac_key, self._envelope_key = bundle.subkey("mac"), bundle.subkey("envelope")
-        cipher, noise = bundle.cipher, bundle.noise
-        self._encodes, self._scrambles = cipher.has("encode"), cipher.has("scramble")
-        noisy = cipher.has("noise") and (noise.std > 0 or noise.mean != 0)
-        self._owner_noise = noisy and noise.recovery == "denoise"
-        self._keyed_noise = noisy and noise.recovery == "keyed"
-        self._pad_side = math.lcm(cipher.block_side if self._scrambles else 1, 2 if self._encodes else 1)
-        gain = _DC_GAIN if self._encodes else 1.0
-        guarded = self._owner_noise and cipher.has("mask") and cipher.noise_units == "image"
-        guard = GUARD_DEVIATIONS * noise.std + gain * abs(noise.mean) if guarded else 0.0
-        self._quantiser = make_quantiser(cipher.wavelet if self._encodes else None, cipher.bits, guard=guard)
-        self._plan = self._make_plan(gain)
-        if self._encodes:
-            planes = modular_planes if self._plan.modular else blend_planes
-            self._secret_planes = planes(bundle.secret_images, cipher.wavelet, cipher.alpha, self._quantiser)
-        if self._owner_noise:
-            self._real_table = real_table(noise.family, self._plan.noise_std)
-        if self._keyed_noise:
-            self._integer_table = integer_table(
-                noise.family, self._plan.noise_mean_details, self._plan.noise_std, cipher.bits
-            )
+        self._coders: dict[type[np.uint8 | np.uint16], PlaneCoder] = {}
 
-    def _make_plan(self, gain: float) -> _Plan:
-        cipher, noise = self._bundle.cipher, self._bundle.noise
-        modular = cipher.has("mask")
-        alpha = cipher.alpha if self._encodes and not modular else 1.0
-        if cipher.noise_units == "wire":
-            level = float(1 << (cipher.bits - 8))
-            return _Plan(modular, alpha, noise.mean * level, noise.mean * level, noise.std * level)
-        level = alpha / self._quantiser.step
-        # A mean in image units is a change of brightness: it lives in the approximation band alone.
-        details = 0.0 if self._encodes else noise.mean * level
-        return _Plan(modular, alpha, gain * noise.mean * level, details, noise.std * level)
+    def _coder(self, dtype: type[np.uint8 | np.uint16]) -> PlaneCoder:
+        if dtype not in self._coders:
+            self._coders[dtype] = PlaneCoder(self._bundle, dtype)
+        return self._coders[dtype]
 
     @property
     def bundle(self) -> ImageKeyBundle:
@@ -160,10 +104,11 @@ class ThreeLayerCipher:
 
     @property
     def residual_std(self) -> float:
-        """Standard deviation of the noise left in a decrypted image, in grey levels of the 8-bit scale."""
-        if not self._owner_noise:
-            return 0.0
-        return self._plan.noise_std * self._quantiser.step / self._plan.blend_alpha
+        """Standard deviation of the noise left in a decrypted image, in grey levels of the 8-bit scale.
+
+        For noise that depends on the signal, its root mean square at mid grey.
+        """
+        return self._coder(np.uint8).residual_std
 
     def __repr__(self) -> str:
         return f"ThreeLayerCipher(key_id={self._bundle.key_id!r}, epoch={self._bundle.epoch})"
@@ -176,7 +121,7 @@ class ThreeLayerCipher:
         Parameters
         ----------
         images
-            uint8 (N, H, W), values 0..255, any H and W in 1..65536.
+            uint8 or uint16, grey (N, H, W) or with channels (N, C, H, W); any H and W in 1..65536.
 
         Returns
         -------
@@ -188,18 +133,19 @@ class ThreeLayerCipher:
         ImageFormatError
             When ``images`` is not such an array.
         CipherParameterError
-            When the noise layer needs the owner's noise secret and has none.
+            When the noise layer needs the owner's noise secret and has none, or when the bits promise a
+            lossless wire that wavelet and alpha cannot keep.
         """
-        _require_images(images)
-        return self._encrypt_with(images, self._nonces(len(images)))
+        batch = _require_images(images)
+        return self._encrypt_with(batch, self._nonces(len(batch)))
 
-    def wire_images(self, images: ImageBatch, *, nonces: Sequence[bytes] | None = None) -> WireBatch:
-        """Return the wire images before the envelope: what NPCR, UACI and entropy are computed on.
+    def wire_images(self, images: ImageBatch, *, nonces: Sequence[bytes] | None = None) -> Words:
+        """Return the wire images before packing and envelope: what NPCR, UACI and entropy are computed on.
 
         Parameters
         ----------
         images
-            uint8 (N, H, W).
+            As for :meth:`encrypt`.
         nonces
             N nonces of 16 bytes for reproducible statistics; drawn afresh by default. Never release an
             image under a nonce that was used here.
@@ -207,104 +153,116 @@ class ThreeLayerCipher:
         Returns
         -------
         ndarray
-            ``uint{bits}`` (N, H', W'), H and W padded to a multiple of the block side and of 2.
+            (N, H', W') or (N, C, H', W'), one coefficient per entry: uint8 where no band has more than 8
+            bits, else uint16 or uint32. The sub-bands are tiled, and each has values below 2 to the power of
+            its own bits: where those are not 8, take statistics on :meth:`wire_bytes`.
+
+        Raises
+        ------
+        ImageFormatError, CipherParameterError
+            As :meth:`encrypt`.
         """
-        _require_images(images)
-        nonces = self._nonces(len(images)) if nonces is None else nonces
-        if len(nonces) != len(images) or any(len(nonce) != NONCE_BYTES for nonce in nonces):
-            raise CipherParameterError(
-                "The nonces do not fit the images", expected=f"{len(images)} of {NONCE_BYTES} bytes"
-            )
-        shape = (len(images), *self._padded(images.shape[1], images.shape[2]))
-        wires = np.empty(shape, np.uint8 if self._bundle.cipher.bits == 8 else np.uint16)
-        for part in _chunks(len(images), shape[1] * shape[2]):
-            _, wires[part] = self._wire(images[part], nonces[part])
+        batch = _require_images(images)
+        coder = self._coder(batch.dtype.type)
+        shape = (*batch.shape[:-2], *_padded(batch.shape[-2:], coder.pad_side))
+        wires = np.empty(shape, word_type(coder.bits))
+        checked = self._checked_nonces(nonces, len(batch))
+        for part in _chunks(len(batch), math.prod(shape[1:])):
+            _, words = self._wire(batch[part], checked[part])
+            wires[part] = words.reshape(-1, *shape[1:])
         return wires
+
+    def wire_bytes(self, images: ImageBatch, *, nonces: Sequence[bytes] | None = None) -> NDArray[np.uint8]:
+        """Return the bytes that go into the envelope: coefficients packed in their own number of bits.
+
+        With the mask on, every byte is uniform over 0..255 (but for the fill of a band's last byte), whatever
+        the bits are.
+
+        Parameters
+        ----------
+        images, nonces
+            As for :meth:`wire_images`.
+
+        Returns
+        -------
+        ndarray
+            uint8 (N, B): channel by channel, band by band (LL, LH, HL, HH), row by row.
+        """
+        batch = _require_images(images)
+        coder = self._coder(batch.dtype.type)
+        checked = self._checked_nonces(nonces, len(batch))
+        size = self._wire_size(coder, batch.shape[1:])
+        found = np.empty((len(batch), size), np.uint8)
+        for part in _chunks(len(batch), math.prod(batch.shape[1:])):
+            _, words = self._wire(batch[part], checked[part])
+            for row, data in zip(found[part], _packed(words, coder.bits, len(batch[part])), strict=True):
+                row[:] = np.frombuffer(data, np.uint8)
+        return found
+
+    def _checked_nonces(self, nonces: Sequence[bytes] | None, count: int) -> Sequence[bytes]:
+        if nonces is None:
+            return self._nonces(count)
+        if len(nonces) != count or any(len(nonce) != NONCE_BYTES for nonce in nonces):
+            raise CipherParameterError(
+                "The nonces do not fit the images", expected=f"{count} of {NONCE_BYTES} bytes"
+            )
+        return nonces
 
     def _encrypt_with(self, images: ImageBatch, nonces: Sequence[bytes]) -> list[bytes]:
         """Encrypt with given nonces (16 bytes each): for golden vectors only."""
         envelopes: list[bytes] = []
-        for part in _chunks(len(images), images.shape[1] * images.shape[2]):
-            headers, wires = self._wire(images[part], nonces[part])
-            words = wires.astype(wires.dtype.newbyteorder("<"), copy=False)
+        bits = self._coder(images.dtype.type).bits
+        for part in _chunks(len(images), math.prod(images.shape[1:])):
+            headers, words = self._wire(images[part], nonces[part])
+            packed = _packed(words, bits, len(headers))
+            del words
             envelopes.extend(
-                seal(header, wire.tobytes(), self._envelope_key)
-                for header, wire in zip(headers, words, strict=True)
+                seal(header, wire, self._envelope_key) for header, wire in zip(headers, packed, strict=True)
             )
         return envelopes
 
     def _nonces(self, count: int) -> list[bytes]:
         return [self._entropy(NONCE_BYTES) for _ in range(count)]
 
-    def _wire(self, images: ImageBatch, nonces: Sequence[bytes]) -> tuple[list[Header], WireBatch]:
-        """Apply every layer but the envelope to one chunk."""
-        if self._owner_noise and self._bundle.noise.std > 0 and self._noise_secret is None:
+    def _wire(self, images: ImageBatch, nonces: Sequence[bytes]) -> tuple[list[Header], Words]:
+        """Apply every layer but the envelope to one chunk: headers, and the words of all channels."""
+        coder = self._coder(images.dtype.type)
+        if coder.draws_noise and self._noise_secret is None:
             raise CipherParameterError(
                 "noise.recovery=denoise needs the owner's noise secret to encrypt",
                 expected="noise_secret of at least 16 random bytes",
                 remedy="Pass noise_secret, or use noise.recovery=keyed",
             )
-        headers = [self._header(image, nonce) for image, nonce in zip(images, nonces, strict=True)]
-        keys = [self._bundle.layer_keys(header.iv) for header in headers]
-        plane = self._pad(images)
-        shape = plane.shape[1:]
-        if self._scrambles:
-            plane = scramble(plane, self._orders(keys, shape), self._bundle.cipher.block_side)
-        coefficients = (
-            forward(plane, self._bundle.cipher.wavelet) if self._encodes else plane.astype(np.float32)
-        )
-        plan = self._plan
-        if plan.blend_alpha != 1.0:
-            coefficients *= np.float32(plan.blend_alpha)
-        levels = self._quantiser.scale(coefficients)
-        if self._encodes and not plan.modular:
-            for image, key in enumerate(keys):
-                levels[image] += self._secret_term(key, shape)
-        if self._owner_noise:
-            self._add_owner_noise(levels, headers)
-        wires = self._quantiser.round(levels)
-        for image, key in enumerate(keys):
-            if self._encodes and plan.modular:
-                wires[image] += self._secret_term(key, shape)
-            if self._keyed_noise:
-                wires[image] += draw(self._integer_table, key.noise, shape)
-            if plan.modular:
-                add_mask(wires[image], key.mask, self._bundle.cipher.bits)
-        return headers, wires
+        coder.require_exact()
+        headers = [self._header(image, nonce, coder) for image, nonce in zip(images, nonces, strict=True)]
+        planes = _pad(images.reshape(-1, *images.shape[-2:]), coder.pad_side)
+        salts = _plane_ivs(headers)
+        noise_keys: list[bytes] = []
+        if coder.draws_noise and self._noise_secret is not None:
+            noise_keys = [owner_noise_key(self._noise_secret, salt) for salt in salts]
+        keys = [self._bundle.layer_keys(salt) for salt in salts]
+        return headers, coder.encode(planes, keys, noise_keys)
 
-    def _header(self, image: NDArray[np.uint8], nonce: bytes) -> Header:
+    def _header(self, image: _Image, nonce: bytes, coder: PlaneCoder) -> Header:
         """Return the header with its synthetic IV: a MAC of everything that decides the wire image."""
         header = Header(
             kind=KIND_SEALED if self._bundle.cipher.has("envelope") else KIND_PLAIN,
             key_id=self._bundle.key_id,
             epoch=self._bundle.epoch,
-            bits=self._bundle.cipher.bits,
-            height=image.shape[0],
-            width=image.shape[1],
+            bits=coder.header_bits,
+            height=image.shape[-2],
+            width=image.shape[-1],
             nonce=nonce,
+            dtype=DTYPE_UINT8 if image.dtype == np.uint8 else DTYPE_UINT16,
+            channels=image.shape[0] if image.ndim == 3 else 0,
         )
         mac = HMAC(self._mac_key, SHA256())
         mac.update(header.without_iv())
-        mac.update(image.tobytes())
-        if self._owner_noise:
+        little = np.ascontiguousarray(image, image.dtype.newbyteorder("<"))
+        mac.update(little.reshape(-1).view(np.uint8).data)
+        if coder.owner_noise:
             mac.update(self._commitment)
         return replace(header, iv=mac.finalize()[:IV_BYTES])
-
-    def _add_owner_noise(self, levels: NDArray[np.float32], headers: Sequence[Header]) -> None:
-        if self._noise_secret is not None and self._bundle.noise.std > 0:
-            for image, header in enumerate(headers):
-                levels[image] += draw(
-                    self._real_table, owner_noise_key(self._noise_secret, header.iv), levels.shape[1:]
-                )
-        self._add_mean(levels, 1.0)
-
-    def _add_mean(self, levels: NDArray[np.float32], sign: float) -> None:
-        if self._plan.noise_mean == 0 and self._plan.noise_mean_details == 0:
-            return
-        approximation, *details = split(levels) if self._encodes else (levels,)
-        approximation += np.float32(sign * self._plan.noise_mean)
-        for detail in details:
-            np.add(detail, np.float32(sign * self._plan.noise_mean_details), out=detail)
 
     # --- decryption ---------------------------------------------------------------------------------
 
@@ -322,7 +280,8 @@ class ThreeLayerCipher:
         envelopes
             Sealed images; sizes may differ.
         denoise
-            Denoiser for (N, H, W) float32 on the 0..255 scale, called once per batch of equal size.
+            Denoiser for (N, H, W) float32 on the 0..255 scale, called once per batch of equal size; it
+            gets every channel of a colour image as an image of its own.
         order
             ``restore_first``: the denoiser sees the restored image. ``denoise_first``: it sees the wire
             image (unmasked, still scrambled), as the paper has it; far worse.
@@ -330,7 +289,8 @@ class ThreeLayerCipher:
         Returns
         -------
         list of ndarray
-            float32 (H, W), 0..255 scale, not clipped, in the order of ``envelopes``.
+            float32 (H, W) or (C, H, W), 0..255 scale for uint16 images too (257 of their levels are one),
+            not clipped, in the order of ``envelopes``.
 
         Raises
         ------
@@ -348,15 +308,16 @@ class ThreeLayerCipher:
                 found=order,
             )
         headers = [self._accept(envelope) for envelope in envelopes]
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for index, header in enumerate(headers):
-            groups.setdefault((header.height, header.width), []).append(index)
+            groups.setdefault((header.dtype, header.shape), []).append(index)
         restored: dict[int, NDArray[np.float32]] = {}
-        for (height, width), members in groups.items():
-            for part in _chunks(len(members), height * width):
+        for (_, shape), members in groups.items():
+            for part in _chunks(len(members), math.prod(shape)):
                 chosen = members[part]
-                wires = self._open([headers[i] for i in chosen], [envelopes[i] for i in chosen])
-                images = self._restore_wires(wires, [headers[i] for i in chosen], denoise, order)
+                images = self._restore(
+                    [headers[i] for i in chosen], [envelopes[i] for i in chosen], denoise, order
+                )
                 restored.update(zip(chosen, images, strict=True))
         return [restored[index] for index in range(len(headers))]
 
@@ -366,122 +327,84 @@ class ThreeLayerCipher:
         require_key(header, self._bundle.key_id, self._bundle.epoch)
         cipher = self._bundle.cipher
         kind = KIND_SEALED if cipher.has("envelope") else KIND_PLAIN
-        if header.bits != cipher.bits or header.kind != kind:
+        coder = self._coder(DTYPES[header.dtype])
+        if header.bits != coder.header_bits or header.kind != kind:
             raise EnvelopeError(
                 "The envelope was altered: its header does not fit the key bundle",
                 remedy="Ask the data owner for this record again",
             )
+        require_length(envelope, self._wire_size(coder, header.shape))
         return header
 
-    def _open(self, headers: Sequence[Header], envelopes: Sequence[bytes]) -> WireBatch:
-        bits = self._bundle.cipher.bits
-        shape = self._padded(headers[0].height, headers[0].width)
-        size = shape[0] * shape[1] * (bits // 8)
-        wires = np.empty((len(headers), *shape), np.uint8 if bits == 8 else np.uint16)
-        for wire, header, envelope in zip(wires, headers, envelopes, strict=True):
-            opened = unseal(header, envelope, self._envelope_key, wire_bytes=size)
-            wire[...] = np.frombuffer(opened, "<u1" if bits == 8 else "<u2").reshape(shape)
-        return wires
-
-    def _restore_wires(
+    def _restore(
         self,
-        wires: WireBatch,
         headers: Sequence[Header],
+        envelopes: Sequence[bytes],
         denoise: Denoise | None,
         order: RestoreOrder,
     ) -> NDArray[np.float32]:
-        """Undo mask, secret, transform and scrambling of one chunk; works in place on ``wires``."""
-        cipher = self._bundle.cipher
-        keys = [self._bundle.layer_keys(header.iv) for header in headers]
-        shape = wires.shape[1:]
-        for image, key in enumerate(keys):
-            if self._plan.modular:
-                remove_mask(wires[image], key.mask, cipher.bits)
-            if self._keyed_noise:
-                wires[image] -= draw(self._integer_table, key.noise, shape)
-        levels = self._remove_secret(wires, keys, denoise if order == "denoise_first" else None)
-        coefficients = self._quantiser.unscale(levels)
-        if self._plan.blend_alpha != 1.0:
-            coefficients /= np.float32(self._plan.blend_alpha)
-        plane = inverse(coefficients, cipher.wavelet) if self._encodes else coefficients
-        if self._scrambles:
-            plane = unscramble(plane, self._orders(keys, shape), cipher.block_side)
-        images = np.ascontiguousarray(plane[:, : headers[0].height, : headers[0].width])
+        """Open and decode images of one shape and dtype: float32 of that shape."""
+        shape = headers[0].shape
+        coder = self._coder(DTYPES[headers[0].dtype])
+        padded = _padded(shape[-2:], coder.pad_side)
+        size = packed_size(padded, coder.bits)
+        wires = np.empty((len(headers) * math.prod(shape[:-2]), *padded), word_type(coder.bits))
+        planes = iter(wires)
+        for header, envelope in zip(headers, envelopes, strict=True):
+            opened = unseal(header, envelope, self._envelope_key, wire_bytes=self._wire_size(coder, shape))
+            for offset in range(0, len(opened), size):
+                next(planes)[...] = unpack(opened[offset : offset + size], padded, coder.bits)
+        del opened
+        keys = [self._bundle.layer_keys(salt) for salt in _plane_ivs(headers)]
+        decoded = coder.decode(wires, keys, denoise if order == "denoise_first" else None)
+        images = np.ascontiguousarray(decoded[:, : shape[-2], : shape[-1]])
         if denoise is not None and order == "restore_first":
-            images = _denoised(denoise, images)
-        return images
+            images = denoised(denoise, images)
+        return images.reshape(len(headers), *shape)
 
-    def _remove_secret(
-        self, wires: WireBatch, keys: Sequence[LayerKeys], denoise: Denoise | None
-    ) -> NDArray[np.float32]:
-        """Return the image's own wire levels (float32), after denoising the wire image if asked to."""
-        shape, bits = wires.shape[1:], self._bundle.cipher.bits
-        modular = self._plan.modular and self._encodes
-        if modular and denoise is None:
-            for image, key in enumerate(keys):
-                wires[image] -= self._secret_term(key, shape)
-        levels = wires.astype(np.float32)
-        if denoise is not None:
-            scale = np.float32(1 << (bits - 8))
-            levels = _denoised(denoise, levels / scale) * scale
-            if modular:
-                for image, key in enumerate(keys):
-                    levels[image] -= self._secret_term(key, shape)
-                # The cut lies half a level below zero, so that a black pixel does not turn white.
-                half = np.float32(0.5)
-                levels = np.mod(levels + half, np.float32(1 << bits)) - half
-        if self._owner_noise:
-            self._add_mean(levels, -1.0)
-        if self._encodes and not self._plan.modular:
-            for image, key in enumerate(keys):
-                levels[image] -= self._secret_term(key, shape)
-        return levels
-
-    # --- shared -------------------------------------------------------------------------------------
-
-    def _secret_term(self, key: LayerKeys, shape: tuple[int, ...]) -> NDArray[np.number]:
-        """Return the secret image's term of one image in wire levels: which image, cut where, is keyed."""
-        which, row, column = (int(word) for word in keystream32(key.encode, 3))
-        planes = self._secret_planes[which % len(self._secret_planes)]
-        return window(planes, row, column, (shape[0], shape[1]))
-
-    def _orders(self, keys: Sequence[LayerKeys], shape: tuple[int, ...]) -> NDArray[np.intp]:
-        side = self._bundle.cipher.block_side
-        return chaotic_order([key.scramble for key in keys], (shape[0] // side) * (shape[1] // side))
-
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
-        side = self._pad_side
-        return -(-height // side) * side, -(-width // side) * side
-
-    def _pad(self, images: ImageBatch) -> ImageBatch:
-        """Repeat the last row and column up to a size that every layer can cut evenly."""
-        height, width = images.shape[1:]
-        padded_height, padded_width = self._padded(height, width)
-        if (padded_height, padded_width) == (height, width):
-            return images
-        rows, columns = padded_height - height, padded_width - width
-        return np.pad(images, ((0, 0), (0, rows), (0, columns)), mode="edge")
+    @staticmethod
+    def _wire_size(coder: PlaneCoder, shape: tuple[int, ...]) -> int:
+        """Return the bytes of one image's wire."""
+        return math.prod(shape[:-2]) * packed_size(_padded(shape[-2:], coder.pad_side), coder.bits)
 
 
 def restore(
-    cipher: RestoringCipher,
+    cipher: ImageCipher,
     envelopes: Sequence[bytes],
     denoise: Denoise | None = None,
     order: RestoreOrder = "restore_first",
-) -> list[NDArray[np.uint8]]:
-    """Decrypt, denoise, clip and round: the analyst's images, uint8 (H, W).
+) -> list[_Image]:
+    """Decrypt, denoise, clip and round: the analyst's images in their own shape and dtype.
 
     Raises
     ------
-    EnvelopeError, DenoiserError
-        As :meth:`ThreeLayerCipher.decrypt`.
+    CipherParameterError, EnvelopeError, DenoiserError
+        As :func:`flep_fl.data_security.restoring.decrypt_images`.
     """
-    images = cipher.decrypt(envelopes, denoise=denoise, order=order)
-    return [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images]
+    images = decrypt_images(cipher, envelopes, denoise=denoise, order=order)
+    return [to_pixels(image, pixel_type(envelope)) for image, envelope in zip(images, envelopes, strict=True)]
 
 
-def _require_images(images: ImageBatch) -> None:
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 3:
+def to_pixels(image: NDArray[np.float32], dtype: type[np.uint8 | np.uint16] = np.uint8) -> _Image:
+    """Clip and round an image of the 0..255 scale to ``dtype``; 255 is white in either."""
+    peak = int(np.iinfo(dtype).max)
+    scaled = image if dtype is np.uint8 else image * np.float32(peak // PEAK)
+    pixels: NDArray[Any] = np.clip(np.rint(scaled), 0, peak).astype(dtype)
+    return pixels
+
+
+def pixel_type(envelope: bytes) -> type[np.uint8 | np.uint16]:
+    """Return the dtype of the image in an envelope; uint8 for envelopes of other ciphers."""
+    try:
+        return DTYPES[parse_header(envelope).dtype]
+    except EnvelopeError:
+        return np.uint8
+
+
+def _require_images(images: ImageBatch) -> ImageBatch:
+    """Refuse what is no batch of images; return it in the machine's byte order."""
+    known = isinstance(images, np.ndarray) and images.dtype.kind == "u" and images.dtype.itemsize <= 2
+    if not known or images.ndim not in (3, 4):
         found = (
             f"{images.dtype} of shape {images.shape}"
             if isinstance(images, np.ndarray)
@@ -489,30 +412,63 @@ def _require_images(images: ImageBatch) -> None:
         )
         raise ImageFormatError(
             "The images cannot be encrypted",
-            expected="a uint8 array of shape (N, H, W)",
+            expected="a uint8 or uint16 array of shape (N, H, W) or (N, C, H, W)",
             found=found,
-            remedy="Convert them to 8-bit grey",
+            remedy="Convert them to 8 or 16 bits, channels before rows",
         )
-    if not (1 <= images.shape[1] <= MAX_SIDE and 1 <= images.shape[2] <= MAX_SIDE):
+    if not all(1 <= side <= MAX_SIDE for side in images.shape[-2:]):
         raise ImageFormatError(
             "The images have an impossible size",
             expected=f"sides of 1..{MAX_SIDE} pixels",
-            found=f"{images.shape[1]} x {images.shape[2]}",
+            found=f"{images.shape[-2]} x {images.shape[-1]}",
         )
+    if images.ndim == 4 and not 1 <= images.shape[1] <= MAX_CHANNELS:
+        raise ImageFormatError(
+            "The images have an impossible number of channels",
+            expected=f"1..{MAX_CHANNELS}",
+            found=images.shape[1],
+        )
+    batch: NDArray[Any] = images.astype(images.dtype.newbyteorder("="), copy=False)
+    return batch
+
+
+def _padded(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """Round (H, W) up to multiples of ``side``."""
+    return -(-shape[0] // side) * side, -(-shape[1] // side) * side
+
+
+def _pad(planes: _Image, side: int) -> _Image:
+    """Repeat the last row and column up to a size that every layer can cut evenly."""
+    height, width = planes.shape[1:]
+    padded_height, padded_width = _padded((height, width), side)
+    rows, columns = padded_height - height, padded_width - width
+    if not rows and not columns:
+        return planes
+    padded: NDArray[Any] = np.pad(planes, ((0, 0), (0, rows), (0, columns)), mode="edge")
+    return padded
+
+
+def _plane_ivs(headers: Sequence[Header]) -> list[bytes]:
+    """Return what the layer keys of every plane are salted with: the IV, and the channel from 1 on.
+
+    So the channels of a colour image share one envelope and IV but no layer key.
+    """
+    salts: list[bytes] = []
+    for header in headers:
+        if header.channels:
+            salts.extend(header.iv + struct.pack(">H", channel + 1) for channel in range(header.channels))
+        else:
+            salts.append(header.iv)
+    return salts
+
+
+def _packed(words: Words, bits: Sequence[int], images: int) -> Iterator[bytes]:
+    """Pack the planes of each image, one after another."""
+    for planes in words.reshape(images, -1, *words.shape[1:]):
+        yield b"".join(pack(plane, bits) for plane in planes)
 
 
 def _chunks(count: int, pixels: int) -> Iterator[slice]:
     size = max(1, CHUNK_PIXELS // pixels)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _denoised(denoise: Denoise, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    result = denoise(images)
-    if not isinstance(result, np.ndarray) or result.shape != images.shape or not np.isfinite(result).all():
-        raise DenoiserError(
-            "The denoiser returned no usable images",
-            expected=f"finite float32 of shape {images.shape}",
-            found=f"shape {getattr(result, 'shape', None)}",
-        )
-    return result.astype(np.float32, copy=False)

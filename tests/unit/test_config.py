@@ -18,7 +18,18 @@ BAD = [
     ("cipher.alpha=0", "cipher.alpha", "at most 1"),
     ("cipher.alpha=1.5", "cipher.alpha", "at most 1"),
     ("cipher.layers=[scramble,blur]", "cipher.layers", "scramble"),
-    ("cipher.bits=12", "cipher.bits", "8 or 16"),
+    ("cipher.bits=9", "cipher.bits", "8 or 16"),
+    ("cipher.bits=[8,6,6]", "cipher.bits", "LL,LH,HL,HH"),
+    ("cipher.bits=[8,6,6,1]", "cipher.bits", "8 or 16"),
+    ("cipher.bits=many", "cipher.bits", "8 or 16"),
+    ("cipher.alpha=[.5,.5,.5,0]", "cipher.alpha", "at most 1"),
+    ("cipher.alpha=[.5]", "cipher.alpha", "LL,LH,HL,HH"),
+    ("cipher.alpha=half", "cipher.alpha", "at most 1"),
+    ("noise.family=cauchy", "noise.family", "laplacian"),
+    ("noise.gain=0", "noise.gain", "photon"),
+    ("noise.units=volts", "noise.units", "image"),
+    ("noise.amount=2", "noise.amount", "between 0 and 1"),
+    ("noise.salt=-1", "noise.salt", "between 0 and 1"),
     ("ckks.bound=1e6", "ckks.bound", "Lower"),
     ("ckks.max_examples=100000000", "ckks.max_examples", "Lower"),
     ("ckks.profile=clasic", "ckks.profile", "classic"),
@@ -46,6 +57,45 @@ def test_bad_value_names_field_and_remedy(override: str, field: str, remedy: str
         make_config(override)
     assert field in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_keyed_recovery_of_signal_dependent_noise_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"noise\.recovery=keyed cannot be supported.*rician.*laplacian"):
+        make_config("noise.family=rician", "noise.recovery=keyed")
+
+
+def test_numbers_per_sub_band_reach_the_cipher() -> None:
+    from flep_fl.provision.owner import cipher_parameters, noise_parameters
+
+    config = make_config(
+        "cipher.bits=[8,6,6,5]", "cipher.alpha=[.5,.4,.3,.2]", "noise.family=poisson_gaussian", "noise.gain=2"
+    )
+    assert cipher_parameters(config).band_bits == (8, 6, 6, 5)
+    assert cipher_parameters(config).band_alphas == (0.5, 0.4, 0.3, 0.2)
+    assert noise_parameters(config).gain == 2
+    assert cipher_parameters(config).noise_units == "image"
+    assert cipher_parameters(make_config("noise.units=wire")).noise_units == "wire"
+    assert cipher_parameters(make_config("cipher=paper")).noise_units == "wire"
+
+
+def test_bits_are_those_of_the_preset_until_told_otherwise() -> None:
+    from flep_fl.provision.owner import cipher_parameters
+
+    assert cipher_parameters(make_config()).bits == (8, 6, 6, 6)
+    assert cipher_parameters(make_config("cipher=paper")).bits == 8
+    assert cipher_parameters(make_config("cipher.bits=16")).bits == 16
+    assert cipher_parameters(make_config("cipher.layers=[mask,envelope]")).bits == 8
+
+
+def test_the_schema_knows_what_the_cipher_knows() -> None:
+    """Written twice, because the schema may not load NumPy."""
+    from flep_fl import config
+    from flep_fl.data_security import noise, parameters
+
+    assert config.WIRE_BITS == parameters.BITS
+    assert set(config.NOISE_FAMILIES) == set(noise.NOISE_FAMILIES)
+    additive = {name for name, family in noise.NOISE_FAMILIES.items() if family.additive}
+    assert set(config.ADDITIVE_NOISE) == additive
 
 
 def test_headroom_counts_sites_times_bound() -> None:

@@ -102,7 +102,14 @@ def test_a_plain_container_never_passes_for_a_sealed_one(make_cipher, natural) -
     (envelope,) = cipher.encrypt(natural(1, 8, 8))
     header = parse_header(envelope)
     plain = Header(
-        KIND_PLAIN, header.key_id, header.epoch, 8, header.height, header.width, header.nonce, header.iv
+        KIND_PLAIN,
+        header.key_id,
+        header.epoch,
+        header.bits,
+        header.height,
+        header.width,
+        header.nonce,
+        header.iv,
     )
     from flep_fl.data_security.envelope import seal
 
@@ -114,7 +121,7 @@ def test_header_round_trip_and_content(make_cipher, natural) -> None:
     cipher = make_cipher(bits=16)
     (envelope,) = cipher.encrypt(natural(1, 5, 7))
     header = parse_header(envelope)
-    assert (header.height, header.width, header.bits, header.epoch) == (5, 7, 16, 1)
+    assert (header.height, header.width, header.bits, header.epoch) == (5, 7, (16,) * 4, 1)
     assert header.key_id == cipher.bundle.key_id
     assert header.to_bytes() == envelope[:HEADER_BYTES]
     assert len(envelope) == HEADER_BYTES + 6 * 8 * 2 + 16

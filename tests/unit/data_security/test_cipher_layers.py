@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from flep_fl.contracts.errors import CipherParameterError
 from flep_fl.data_security import encode
-from flep_fl.data_security.chaos import LANE_STEPS, WARM_UP_STEPS, chaotic_order, chaotic_sequence
+from flep_fl.data_security.chaos import STEPS, chaotic_order, chaotic_sequence
 from flep_fl.data_security.mask import add_mask, mask_stream
 from flep_fl.data_security.noise import (
     Gaussian,
@@ -37,20 +37,19 @@ def test_keystream_is_aes_256_of_counters() -> None:
     ]
 
 
-@pytest.mark.parametrize("count", [1, 16, 17, 100])
+@pytest.mark.parametrize("count", [1, 100, 16384, 16390])
 def test_chaotic_sequence_matches_integer_arithmetic(count: int) -> None:
-    lanes = -(-count // LANE_STEPS)
-    seeds = keystream32(KEY, 2 * lanes).tolist()
-    orbits = []
-    for lane in range(lanes):
-        state, perturbation = seeds[lane], seeds[lanes + lane] >> 16
-        orbit = []
-        for _ in range(WARM_UP_STEPS + LANE_STEPS):
-            state = (state * (2**32 - 1 - state) >> 30) ^ perturbation
-            orbit.append(state)
-        orbits.append(orbit[WARM_UP_STEPS:])
-    expected = [orbits[lane][step] for step in range(LANE_STEPS) for lane in range(lanes)][:count]
-    assert chaotic_sequence([KEY], count)[0].tolist() == expected
+    keys = [KEY, KEY[::-1]]
+    for key, found in zip(keys, chaotic_sequence(keys, count), strict=True):
+        perturbation, *states = keystream32(key, count + 1).tolist()
+        for _ in range(STEPS):
+            states = [(x * (2**32 - 1 - x) >> 30) ^ (perturbation >> 16) for x in states]
+        assert found.tolist() == states
+
+
+def test_chaotic_sequence_of_nothing() -> None:
+    assert chaotic_sequence([], 5).shape == (0, 5)
+    assert chaotic_sequence([KEY], 0).shape == (1, 0)
 
 
 def test_chaotic_order_sorts_the_sequence_with_stable_ties() -> None:
@@ -128,7 +127,7 @@ def test_detail_zero_is_exact() -> None:
         for guard in (0.0, 75.0):
             quantiser = encode.make_quantiser("haar", bits, guard=guard)
             flat = np.zeros((1, 4, 4), np.float32)
-            restored = quantiser.unscale(quantiser.round(quantiser.scale(flat)))
+            restored = quantiser.unscale(quantiser.expand(quantiser.round(quantiser.scale(flat))))
             assert np.abs(restored[0, 2:, 2:]).max() < 1e-4
 
 
@@ -136,7 +135,7 @@ def test_detail_zero_is_exact() -> None:
 def test_modular_planes_are_the_scaled_secret(alpha: float) -> None:
     secret = np.random.default_rng(1).integers(0, 256, (8, 12)).astype(np.uint8)
     quantiser = encode.make_quantiser("haar", 8)
-    planes = encode.modular_planes([secret], "haar", alpha, quantiser)[0]
+    planes = encode.modular_planes([secret], "haar", (alpha,) * 4, quantiser)[0]
     exact = np.stack(encode.split(encode.forward(secret[None], "haar")[0])).astype(np.float64)
     exact *= (1 - alpha) / (alpha * quantiser.step)
     distance = np.abs((planes - exact + 128) % 256 - 128)
@@ -145,11 +144,14 @@ def test_modular_planes_are_the_scaled_secret(alpha: float) -> None:
     assert (planes == 0).all() == (alpha == 1.0)
 
 
-def test_window_repeats_the_planes() -> None:
-    planes = np.arange(4 * 2 * 3).reshape(4, 2, 3)
-    cut = encode.window(planes, 5, 4, (6, 8))
-    for band, plane in zip(encode.split(cut), planes, strict=True):
-        assert np.array_equal(band, np.tile(plane, (3, 3))[5 % 2 : 5 % 2 + 3, 4 % 3 : 4 % 3 + 4])
+@pytest.mark.parametrize("plane", [(1, 1), (2, 3), (3, 4), (3, 9), (9, 4), (20, 30)])
+@pytest.mark.parametrize("start", [(0, 0), (5, 4), (2, 2), (2**32 - 1, 2**32 - 2)])
+def test_window_repeats_the_planes(plane: tuple[int, int], start: tuple[int, int]) -> None:
+    planes = np.arange(4 * plane[0] * plane[1]).reshape(4, *plane)
+    cut = encode.window(planes, *start, (6, 8))
+    rows, columns = ((start[axis] + np.arange(3 + axis)) % plane[axis] for axis in (0, 1))
+    for band, repeated in zip(encode.split(cut), planes, strict=True):
+        assert np.array_equal(band, repeated[rows[:, None], columns])
 
 
 def test_gaussian_table_has_the_moments_of_a_normal_distribution() -> None:
@@ -184,10 +186,9 @@ def test_noise_family_is_registered_once() -> None:
         register_noise("gaussian", Gaussian())
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_mask_is_addition_modulo(bits: int) -> None:
-    dtype = np.uint8 if bits == 8 else np.uint16
+@pytest.mark.parametrize(("bits", "dtype"), [(8, np.uint8), (16, np.uint16), (32, np.uint32)])
+def test_mask_is_addition_modulo(bits: int, dtype: type) -> None:
     wire = np.full((4, 6), 2**bits - 1, dtype)
-    add_mask(wire, KEY, bits)
+    add_mask(wire, KEY)
     assert np.array_equal(wire, mask_stream(KEY, (4, 6), bits) - dtype(1))
     assert wire.dtype == dtype

@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from flep_fl.data_security.keys import CipherParameters, ImageKeyBundle, NoiseParameters
 from flep_fl.data_security.pipeline import ThreeLayerCipher
 
+DOMAIN = b"flep-fl/v1/"
+
 
 def hkdf(secret: bytes, info: bytes, salt: bytes = b"") -> bytes:
     pseudo_random = hmac.digest(salt or bytes(32), secret, "sha256")
@@ -35,13 +37,9 @@ def words(key: bytes, count: int, size: int) -> list[int]:
 
 
 def chaos_order(key: bytes, count: int) -> list[int]:
-    lanes = -(-count // 16)
-    seeds = words(key, 2 * lanes, 4)
-    state = seeds[:lanes]
-    sequence: list[int] = []
-    for step in range(4 + 16):
-        state = [(x * (2**32 - 1 - x) >> 30) ^ (seeds[lanes + i] >> 16) for i, x in enumerate(state)]
-        sequence += state if step >= 4 else []
+    perturbation, *sequence = words(key, count + 1, 4)
+    for _ in range(8):
+        sequence = [(x * (2**32 - 1 - x) >> 30) ^ (perturbation >> 16) for x in sequence]
     return sorted(range(count), key=lambda index: sequence[index])
 
 
@@ -59,15 +57,29 @@ def haar(image: list[list[int]]) -> list[list[Fraction]]:
     return bands
 
 
-def reference_wire(bundle: ImageKeyBundle, image: np.ndarray, nonce: bytes) -> list[list[int]]:
-    bits, alpha = bundle.cipher.bits, Fraction(bundle.cipher.alpha)
-    domain = b"flep-fl/v1/"
+def reference_wire(bundle: ImageKeyBundle, image: np.ndarray, nonce: bytes) -> list:
+    wide, colour = image.dtype == np.uint16, image.ndim == 3
     header = b"FLEI" + struct.pack(">BB", 1, 1) + bytes.fromhex(bundle.key_id)
-    header += struct.pack(">IBBBII", bundle.epoch, 1, bits, 2, *image.shape) + nonce
-    mac_key = hkdf(bundle.master_key, domain + b"subkey/mac")
-    iv = hmac.digest(mac_key, header + image.tobytes(), "sha256")[:16]
+    channels = image.shape[0] if colour else 0
+    header += struct.pack(
+        ">IB4BHII", bundle.epoch, 2 if wide else 1, *bundle.cipher.band_bits, channels, *image.shape[-2:]
+    )
+    header += nonce
+    mac_key = hkdf(bundle.master_key, DOMAIN + b"subkey/mac")
+    pixels = image.astype("<u2" if wide else np.uint8).tobytes()
+    iv = hmac.digest(mac_key, header + pixels, "sha256")[:16]
+    if not colour:
+        return reference_plane(bundle, image, iv)
+    return [
+        reference_plane(bundle, plane, iv + struct.pack(">H", number))
+        for number, plane in enumerate(image, start=1)
+    ]
+
+
+def reference_plane(bundle: ImageKeyBundle, image: np.ndarray, salt: bytes) -> list[list[int]]:
+    bits, alphas = bundle.cipher.bits, [Fraction(alpha) for alpha in bundle.cipher.band_alphas]
     key = {
-        layer: hkdf(bundle.master_key, domain + b"layer/" + layer.encode(), iv)
+        layer: hkdf(bundle.master_key, DOMAIN + b"layer/" + layer.encode(), salt)
         for layer in ("scramble", "encode", "mask")
     }
     # Pad to even by repeating the last row and column.
@@ -88,13 +100,16 @@ def reference_wire(bundle: ImageKeyBundle, image: np.ndarray, nonce: bytes) -> l
     secret = bundle.secret_images[which % len(bundle.secret_images)]
     secret_bands = haar([[int(v) for v in row] for row in secret])
     secret_height, secret_width = secret.shape[0] // 2, secret.shape[1] // 2
-    step = Fraction(2) if bits == 8 else Fraction(1, 128)
-    ratio = round((1 - alpha) / (alpha * step) * 2**16)
+    # The range 2 * 255 (65535) is cut into 255 (65535) steps, each halved for every spare bit.
+    wide = image.dtype == np.uint16
+    step, unit = Fraction(2, 2 ** (bits - (16 if wide else 8))), 257 if wide else 1
     masks = words(key["mask"], height * width, bits // 8)
     wire = [[0] * width for _ in range(height)]
     for y in range(height):
         for x in range(width):
             low, right = y >= height // 2, x >= width // 2
+            alpha = alphas[2 * low + right]
+            ratio = round((1 - alpha) * unit / (alpha * step) * 2**16)
             offset = step * 2 ** (bits - 1) if low or right else Fraction(0)
             # Round half to even, saturate.
             level = min(max(round((bands[y][x] + offset) / step), 0), 2**bits - 1)
@@ -105,10 +120,12 @@ def reference_wire(bundle: ImageKeyBundle, image: np.ndarray, nonce: bytes) -> l
     return wire
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.3, 0.001])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 10), (7, 5), (24, 22)])
-def test_wire_image_matches_plain_integers(bits: int, alpha: float, shape: tuple[int, int], entropy) -> None:
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(8, np.uint8), (16, np.uint8), (32, np.uint8), (16, np.uint16), (32, np.uint16)]
+)
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.3, 0.001, (0.9, 0.5, 0.3, 0.01)])
+@pytest.mark.parametrize("shape", [(1, 1), (6, 10), (7, 5), (24, 22), (3, 5, 4)])
+def test_wire_image_matches_plain_integers(bits: int, dtype: type, alpha, shape, entropy) -> None:
     rng = np.random.default_rng(shape[0])
     secrets_ = [rng.integers(0, 256, size).astype(np.uint8) for size in ((4, 6), (16, 2), (8, 8))]
     bundle = ImageKeyBundle.generate(
@@ -117,7 +134,7 @@ def test_wire_image_matches_plain_integers(bits: int, alpha: float, shape: tuple
         entropy=entropy(bits),
         secret_images=secrets_,
     )
-    image = rng.integers(0, 256, shape).astype(np.uint8)
+    image = rng.integers(0, np.iinfo(dtype).max, shape, endpoint=True).astype(dtype)
     nonce = bytes(range(16))
     wire = ThreeLayerCipher(bundle).wire_images(image[None], nonces=[nonce])[0]
     assert wire.tolist() == reference_wire(bundle, image, nonce)
