@@ -48,7 +48,7 @@ class CipherConfig:
     """The image cipher; ``layers`` drops or keeps single layers (null: those of the preset).
 
     ``alpha`` and ``bits`` are one number, or four for the sub-bands LL, LH, HL, HH; ``bits`` null: those of
-    the preset.
+    the preset. ``secret_images`` is a folder of the owner's secret pictures; null: two of random pixels.
     """
 
     name: str = "flep"
@@ -57,6 +57,7 @@ class CipherConfig:
     wavelet: str = "haar"
     alpha: Any = 0.5
     bits: Any = None
+    secret_images: str | None = None
 
 
 @dataclass

@@ -8,8 +8,10 @@ long as their records are: that is what a ring is for.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
+import os
 import secrets
 import struct
 from collections.abc import Sequence
@@ -223,16 +225,28 @@ def save_ring(path: Path, ring: BundleRing) -> None:
     ImageKeyError
         When the file holds a bundle that ``ring`` lacks, or is not a ring.
     """
-    if path.exists():
-        kept = {(bundle.epoch, bundle.key_id) for bundle in ring.bundles}
-        lost = [bundle for bundle in load_ring(path).bundles if (bundle.epoch, bundle.key_id) not in kept]
-        if lost:
-            raise ImageKeyError(
-                f"{path} holds key bundles that would be lost",
-                found=", ".join(f"epoch {bundle.epoch} key {bundle.key_id}" for bundle in lost),
-                remedy="Load the ring from the file and rotate that one",
-            )
-    write_secret(path, ring.to_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two rotations at once must not both find that nothing is lost.
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _refuse_loss(path, ring)
+        write_secret(path, ring.to_bytes())
+    finally:
+        os.close(lock)
+
+
+def _refuse_loss(path: Path, ring: BundleRing) -> None:
+    if not path.exists():
+        return
+    kept = {(bundle.epoch, bundle.key_id) for bundle in ring.bundles}
+    lost = [bundle for bundle in load_ring(path).bundles if (bundle.epoch, bundle.key_id) not in kept]
+    if lost:
+        raise ImageKeyError(
+            f"{path} holds key bundles that would be lost",
+            found=", ".join(f"epoch {bundle.epoch} key {bundle.key_id}" for bundle in lost),
+            remedy="Load the ring from the file and rotate that one",
+        )
 
 
 def load_ring(path: Path) -> BundleRing:

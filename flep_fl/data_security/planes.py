@@ -100,6 +100,7 @@ class PlaneCoder:
             knee=self._unit * (2.0 + (noise.deviation if self.owner_noise else 0.0)),
         )
         self.bits = self._quantiser.bits
+        self._refuse_bare_mean()
         self._weights = None if self._modular or set(self._alphas) == {1.0} else self._alphas
         self._levels = self._noise_levels()
         if self._encodes:
@@ -118,6 +119,16 @@ class PlaneCoder:
         return self.bits if self._encodes else self.bits * len(SUB_BANDS)
 
     # --- what the parameters mean in wire levels ----------------------------------------------------
+
+    def _refuse_bare_mean(self) -> None:
+        """Refuse a mean without noise where it could saturate, or where the bits promise every pixel back."""
+        if not self.owner_noise or self.draws_noise or self._noise.mean == 0:
+            return
+        if self._guard() == 0 or min(self.bits) >= LOSSLESS_BITS:
+            raise CipherParameterError(
+                f"noise.mean={self._noise.mean:g} without noise is a mere shift, and would cost pixels here",
+                remedy="Set noise.std above 0, noise.recovery=keyed, or noise.mean=0",
+            )
 
     def _guard(self) -> float:
         noise = self._noise

@@ -117,7 +117,7 @@ class RingCipher:
     def _require_one_level(self, epochs: Sequence[int]) -> None:
         # Two figures: the noise of the restored image, and the one that the paper's order goes by.
         levels = {
-            bundle.epoch: (residual_std(self._cipher(bundle.epoch)), bundle.noise.std)
+            bundle.epoch: (residual_std(self._cipher(bundle.epoch)), bundle.noise.deviation)
             for bundle in self._ring.only(*epochs).bundles
         }
         if len(set(levels.values())) > 1:

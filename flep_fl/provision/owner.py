@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flep_fl.config import Config
-from flep_fl.contracts.errors import ArchiveError, DenoiserError
+from flep_fl.contracts.errors import ArchiveError, DenoiserError, EmptyDatasetError
 from flep_fl.contracts.files import write_secret
 from flep_fl.contracts.ports import Denoise, Entropy, ImageCipher
 from flep_fl.data_owner.partition import held_out_shares, partition, split_test
 from flep_fl.data_owner.release import seal_archive
-from flep_fl.data_owner.sources import OwnerImages, load_source
-from flep_fl.data_security.keys import ImageKeyBundle
+from flep_fl.data_owner.sources import OwnerImages, decode_grey, load_source, resize_area
+from flep_fl.data_security.keys import SECRET_IMAGE_SIDE, ImageKeyBundle
 from flep_fl.data_security.parameters import CipherParameters, NoiseParameters
 from flep_fl.data_security.pipeline import RestoreOrder, restore
 from flep_fl.data_security.presets import build_cipher, get_preset
@@ -100,6 +100,7 @@ def release_data_set(
         epoch=_EPOCH,
         entropy=entropy,
         cipher_name=config.cipher.name,
+        secret_images=secret_images(config),
     )
     noise_secret = entropy(32)
     cipher = build_cipher(
@@ -173,7 +174,7 @@ def image_denoiser(config: Config, bundle: ImageKeyBundle, cipher: ImageCipher) 
         return None
     if restore_order(config) == "denoise_first":
         # In the paper's order the network is chosen by the bundle's figure itself, as the paper says.
-        std = bundle.noise.std
+        std = bundle.noise.deviation
     try:
         return load_denoiser(
             config.denoiser.name, std, threads=config.runtime.threads, device=config.runtime.device
@@ -256,6 +257,31 @@ def cipher_parameters(config: Config) -> CipherParameters:
         bits=bits,
         noise_units=preset.noise_units if config.noise.units is None else config.noise.units,
     )
+
+
+def secret_images(config: Config) -> list[NDArray[np.uint8]] | None:
+    """Read the owner's secret pictures, grey, reduced to 256 x 256; None lets the bundle draw its own.
+
+    Random pixels hide most: a photograph's detail bands are nearly empty.
+
+    Raises
+    ------
+    EmptyDatasetError, ImageFormatError
+        When the folder holds no picture, or one that does not decode.
+    """
+    if config.cipher.secret_images is None:
+        return None
+    folder = Path(config.cipher.secret_images)
+    if not folder.is_dir():
+        raise EmptyDatasetError(
+            f"cipher.secret_images={folder} is no folder", remedy="Name one with pictures"
+        )
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not files:
+        raise EmptyDatasetError(
+            f"cipher.secret_images={folder} holds no picture", remedy="Name a folder with one picture or more"
+        )
+    return [resize_area(decode_grey(path), SECRET_IMAGE_SIDE) for path in files]
 
 
 def run_seal(cfg: DictConfig) -> None:

@@ -101,13 +101,12 @@ class Subject:
         """Encrypt images (N, H, W) under *one* nonce; return the bytes that are measured, as uint8 (H', W').
 
         At 8 bits these are the coefficients in their places. At other bits they are the packed bytes, folded
-        into rows as long as the wire image's (what does not fill the last row is left out). Sealed images get
-        a nonce each, as ever.
+        into rows as long as the wire image's (what does not fill the last row is left out).
         """
         nonces = [secrets.token_bytes(NONCE_BYTES) if nonce is None else nonce] * len(images)
         if self.sealed:
             sizes = [data.size for data in cipher.wire_bytes(images, nonces=nonces)]
-            sealed = zip(cipher.encrypt(images), sizes, strict=True)
+            sealed = zip(cipher._encrypt_with(images, nonces), sizes, strict=True)
             data = [np.frombuffer(body[-TAG_BYTES - size : -TAG_BYTES], np.uint8) for body, size in sealed]
         elif set(self.parameters.band_bits) == {8}:
             return list(cipher.wire_images(images, nonces=nonces).astype(np.uint8, copy=False))

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from federations import make_config
 from omegaconf import OmegaConf
+from PIL import Image
 
 from flep_fl.config import adopt_kit, differences, shared_digest, shared_part
-from flep_fl.contracts.errors import ConfigError, ConfigMismatchError, ProfileError
+from flep_fl.contracts.errors import (
+    ConfigError,
+    ConfigMismatchError,
+    EmptyDatasetError,
+    ImageFormatError,
+    ProfileError,
+)
+from flep_fl.provision.owner import secret_images
 
 BAD = [
     ("noise.std=-1", "noise.std", "25"),
@@ -160,3 +170,18 @@ def test_an_equal_or_private_override_is_fine_and_the_kit_wins() -> None:
     merged = adopt_kit(ours, kit, ["runtime.threads=2", "train.lr=0.5"][:1])
     assert merged.train.lr == 0.5
     assert merged.runtime.threads == 2
+
+
+def test_the_owner_may_choose_the_secret_images(tmp_path: Path) -> None:
+    pixels = np.arange(300 * 200, dtype=np.uint32).reshape(300, 200) % 256
+    for name in ("one.png", "two.png"):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name)
+    found = secret_images(make_config(f"cipher.secret_images={tmp_path}"))
+    assert found is not None
+    assert [(image.shape, image.dtype) for image in found] == [((256, 256), np.dtype(np.uint8))] * 2
+    assert secret_images(make_config()) is None
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ImageFormatError, match=r"notes\.txt"):
+        secret_images(make_config(f"cipher.secret_images={tmp_path}"))
+    with pytest.raises(EmptyDatasetError, match=r"cipher\.secret_images"):
+        secret_images(make_config(f"cipher.secret_images={tmp_path / 'none'}"))

@@ -41,6 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "uint16_lossy": ({"bits": 16, "block_side": 4}, {}),
     "colour": ({"alpha": (0.5, 0.4, 0.3, 0.2)}, {}),
     "packed": ({"bits": (8, 6, 6, 5)}, {}),
+    "preset": ({"bits": (8, 6, 6, 6)}, {"std": 25.0}),
+    "db2": ({"bits": 16, "wavelet": "db2"}, {"family": "rayleigh", "std": 10.0, "recovery": "keyed"}),
     "packed_colour16": ({"bits": (14, 10, 10, 7)}, {"std": 25.0, "recovery": "keyed"}),
     "rician": ({"bits": 16}, {"family": "rician", "std": 12.0}),
 }

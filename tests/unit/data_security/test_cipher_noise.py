@@ -155,6 +155,7 @@ PARAMETERS = [
     {"alpha": (0.9, 0.5, 0.3, 0.1)},
     {"bits": 16},
     {"bits": (8, 7, 7, 7)},
+    {"bits": (8, 6, 6, 6)},
     {"wavelet": "sym4"},
     {"wavelet": "dmey"},
     {"block_side": 5},

@@ -122,6 +122,21 @@ def test_the_known_mean_is_taken_off_again(make_cipher, natural, noise) -> None:
         assert abs(residue.mean()) < 4 * max(25, 1) / np.sqrt(residue.size)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"bits": 16},
+        {"bits": 16, "layers": ("noise", "envelope")},
+        {"noise_units": "wire"},
+        {"layers": ("scramble", "encode", "noise", "envelope")},
+    ],
+)
+def test_a_mean_without_noise_is_refused_where_it_would_cost_pixels(make_cipher, natural, parameters) -> None:
+    with pytest.raises(CipherParameterError, match=r"noise\.mean=30 without noise"):
+        make_cipher(noise={"mean": 30}, **parameters).encrypt(natural(1, 8, 8))
+    make_cipher(noise={"mean": 0}, **parameters).encrypt(natural(1, 8, 8))
+
+
 def test_wire_unit_noise_counts_levels_of_the_wire(make_cipher, natural) -> None:
     layers = ("scramble", "encode", "noise", "envelope")
     images = np.full((1, 128, 128), 128, np.uint8)

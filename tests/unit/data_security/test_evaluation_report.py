@@ -258,3 +258,20 @@ def test_one_picture_of_all_layers(pictures, tmp_path) -> None:
         assert picture.format == "PNG"
         assert picture.height > picture.width  # five layers, one below the other
         assert len(set(picture.convert("L").tobytes())) > 100
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        CipherParameters(),
+        CipherParameters(bits=(8, 6, 6, 6)),
+        CipherParameters(layers=("envelope",)),
+        CipherParameters(layers=("scramble", "encode", "noise", "envelope"), noise_units="wire"),
+    ],
+)
+def test_one_image_under_one_nonce_has_one_cipher_image(parameters: CipherParameters) -> None:
+    """Otherwise NPCR and UACI would measure fresh nonces, not diffusion."""
+    subject = evaluation.subject_of(parameters, NoiseParameters())
+    image = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32).astype(np.uint8)
+    first, second = subject.cipher_images(subject.draw(), np.stack([image, image]), bytes(16))
+    assert np.array_equal(first, second)
