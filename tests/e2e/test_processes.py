@@ -161,9 +161,19 @@ def test_kill_9_leaves_no_orphan_and_no_port(parties: Parties) -> None:
         time.sleep(0.1)
     assert not [pid for pid in children if _alive(pid)]
     host, port = parties.address.split(":")
+    while not _can_bind(host, int(port)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the kernel closes a killed process's sockets a moment after it
+    assert _can_bind(host, int(port))
+
+
+def _can_bind(host: str, port: int) -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, int(port)))
+        try:
+            sock.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def _alive(pid: int) -> bool:
