@@ -76,8 +76,10 @@ class Terms:
         The shared settings and their digest.
     site_keys
         The sites' signature keys by name.
-    rounds, fraction, quorum, round_timeout
+    rounds, quorum, round_timeout
         As configured under ``federation``.
+    participants
+        How many sites are asked in a round.
     """
 
     federation: str
@@ -88,7 +90,7 @@ class Terms:
     digest: str
     site_keys: Mapping[str, Ed25519PublicKey]
     rounds: int
-    fraction: float
+    participants: int
     quorum: int
     round_timeout: float
 
@@ -248,12 +250,11 @@ class EncryptedFedAvg(Strategy):
         self._say(f"{type(error).__name__}: {error}")
 
     def _sample(self) -> dict[int, Member]:
-        """Choose ``ceil(fraction * sites)`` of the members at random."""
+        """Choose this round's participants among the members at random."""
         members = sorted(self.members.present.items(), key=lambda item: item[1].site)
-        wanted = -int(-(self.terms.fraction * len(self.terms.site_keys) - 1e-9) // 1)
-        if wanted >= len(members):
+        if self.terms.participants >= len(members):
             return dict(members)
-        return dict(secrets.SystemRandom().sample(members, wanted))
+        return dict(secrets.SystemRandom().sample(members, self.terms.participants))
 
     # --- messages --------------------------------------------------------------------------------
 

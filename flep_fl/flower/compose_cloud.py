@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
-from flep_fl.config import Config, effective_quorum
+from flep_fl.config import Config, effective_quorum, participants
 from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.records import RoundRecord
 from flep_fl.flower.models import write_model
@@ -68,7 +68,7 @@ def cloud_strategy(
             digest=federation.digest,
             site_keys=federation.site_keys(),
             rounds=config.federation.rounds,
-            fraction=config.federation.fraction,
+            participants=participants(config),
             quorum=effective_quorum(config),
             round_timeout=config.federation.round_timeout,
         ),

@@ -272,3 +272,12 @@ def test_metrics_that_cannot_be_true_do_no_harm(tmp_path: Path, value: Any) -> N
     federation.run()
     accuracy = federation.strategy.rounds[0].accuracy
     assert accuracy is None or 0 <= accuracy <= 1
+
+
+def test_a_fraction_of_the_sites_is_asked_in_each_round(tmp_path: Path) -> None:
+    federation = make_federation(
+        tmp_path, "federation.rounds=3", "federation.sites=4", "federation.fraction=0.75"
+    )
+    federation.run()
+    assert [len(record.replied) for record in federation.strategy.rounds] == [3, 3, 3]
+    assert all(site.session.accepted_round == 3 for site in federation.sites.values())
