@@ -269,6 +269,28 @@ class PortInUseError(RuntimeStartError):
     code = "port_in_use"
 
 
+class SuperLinkLostError(FlepError):
+    """The cloud's SuperLink ended and was started again: every message on its way is lost.
+
+    A grid call raises it once for every restart, when the new SuperLink already answers on the same
+    address. Sites connect to it by themselves, as new nodes.
+    """
+
+    code = "superlink_lost"
+
+
+class TransportSecurityError(FlepError):
+    """TLS with the cloud failed, or a certificate or node key cannot be used."""
+
+    code = "transport_security"
+
+
+class NodeRefusedError(FlepError):
+    """The cloud does not accept this site's node key."""
+
+    code = "node_refused"
+
+
 class IdleTimeoutError(FlepError):
     """Nothing was heard from the cloud for ``runtime.idle_timeout`` seconds."""
 
