@@ -143,6 +143,105 @@ class DatabaseError(DataError):
     code = "database"
 
 
+class DiskFullError(DatabaseError):
+    """The private database cannot grow: its disk is full or refuses to be written; nothing was stored."""
+
+    code = "disk_full"
+
+
+class StoreBusyError(DatabaseError):
+    """As many captures wait for a commit as may wait; nothing was stored, the sender tries again."""
+
+    code = "busy"
+
+
+class UnknownDatasetError(DatabaseError):
+    """The private database has no data set of that name."""
+
+    code = "unknown_dataset"
+
+
+class SequenceConflictError(DatabaseError):
+    """A device used one sequence number (or one idempotency key) for two different captures."""
+
+    code = "sequence_conflict"
+
+
+class ClockError(DatabaseError):
+    """The owner's clock is far from where it was: what depends on time is refused until somebody looks."""
+
+    code = "clock"
+
+
+class BackupError(DatabaseError):
+    """A backup is damaged or incomplete, or does not belong to this owner key."""
+
+    code = "backup"
+
+
+class NotReleasedError(DataError):
+    """The owner has released nothing of this data set in its current epoch yet."""
+
+    code = "not_released"
+
+
+class ReleaseChangedError(DataError):
+    """The release that a page was asked of is no longer served; the grant has to be opened again."""
+
+    code = "release_changed"
+
+
+# --- grants, requests ----------------------------------------------------------------------------
+
+
+class GrantError(FlepError):
+    """A grant is damaged, altered, or does not allow this."""
+
+    code = "grant"
+
+
+class UnknownGrantError(GrantError):
+    """There is no such grant for this analyst."""
+
+    code = "unknown_grant"
+
+
+class GrantRevokedError(GrantError):
+    """The owner took the grant back."""
+
+    code = "grant_revoked"
+
+
+class GrantExpiredError(GrantError):
+    """The grant's last day is over."""
+
+    code = "grant_expired"
+
+
+class RequestSignatureError(FlepError):
+    """A request is not signed, altered, too old, replayed, or meant for somebody else."""
+
+    code = "request_signature"
+
+
+class FetchError(DataError):
+    """Records cannot be fetched from a data owner."""
+
+    code = "fetch"
+
+
+class OwnerPinError(FetchError):
+    """A data owner shows another key than the one that was pinned."""
+
+    code = "owner_pin"
+
+
+class KeystoreError(FlepError):
+    """The analyst's keystore cannot be opened, is damaged, or lacks a key."""
+
+    code = "keystore"
+
+
 class TrainingError(FlepError):
     """Local training failed: its loss stopped being finite."""
 
