@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(slots=True)
 class Member:
-    """A site that said hello, its model's layout, and the digest of the sum that it has."""
+    """A site that said hello, its model's layout, and the digest of the sum whose model it holds."""
 
     site: str
     layout: ModelLayout
@@ -166,7 +166,7 @@ class Members:
         return joined
 
     def _admit(self, node: int, reply: Message, challenge: str) -> None:
-        site, layout = self._identify(reply, challenge)
+        site, layout, has_sum = self._identify(reply, challenge)
         if self.layout is not None and layout.digest != self.layout.digest:
             raise _other_layout(site, layout, self.layout)
         # A site that was restarted has a new node before the old one is given up: the newest counts. The
@@ -174,7 +174,7 @@ class Members:
         for old in [other for other, member in self.present.items() if member.site == site]:
             del self.present[old]
             self._refused[old] = StaleUpdateError.code
-        self.present[node] = Member(site, layout)
+        self.present[node] = Member(site, layout, has_sum)
         self.joined.add(site)
         self.say(f"site {site} joined ({len(self.present)}/{len(self.site_keys)})")
 
@@ -192,8 +192,8 @@ class Members:
                 self._refused[node] = error.code
                 del self.present[node]
 
-    def _identify(self, reply: Message, challenge: str) -> tuple[str, ModelLayout]:
-        """Verify the signed introduction in a hello reply."""
+    def _identify(self, reply: Message, challenge: str) -> tuple[str, ModelLayout, str]:
+        """Verify the signed introduction in a hello reply; return site, layout and the sum that it holds."""
         record = reply.content.config_records[FLEP_RECORD]
         blob, claimed = record.get("identity"), record.get("site")
         key = self.site_keys.get(claimed) if isinstance(claimed, str) else None
@@ -206,7 +206,7 @@ class Members:
             challenge,
         ):
             raise StaleUpdateError(f"Site {claimed} sent an introduction that answers another hello")
-        return claimed, ModelLayout.from_json(str(identity.get("layout")))
+        return claimed, ModelLayout.from_json(str(identity.get("layout"))), str(identity.get("holds", ""))
 
 
 def _other_layout(site: str, found: ModelLayout, expected: ModelLayout) -> LayoutError:

@@ -140,6 +140,7 @@ class EncryptedFedAvg(Strategy):
         self.terms = terms
         self.run = secrets.token_hex(16)
         self.rounds: list[RoundRecord] = []
+        self.attempt = 1  # how often the current round was opened
         self._signing_key = signing_key
         self._make_adder = make_adder
         self._message_bytes = message_bytes
@@ -268,7 +269,7 @@ class EncryptedFedAvg(Strategy):
             run=self.run,
             round=number,
             rounds=self.terms.rounds,
-            attempt=1,
+            attempt=self.attempt,
             previous=self._sum.digest if self._sum else "",
             sum_round=self._sum.round if self._sum else 0,
             config=self.terms.digest,
@@ -330,6 +331,8 @@ class EncryptedFedAvg(Strategy):
                 adder.add(update.payload)
                 record.seconds["aggregate"] += time.perf_counter() - started
             except _Refused as exc:
+                if exc.reason == StaleUpdateError.code and member is not None:
+                    member.has_sum = ""  # it may have lost its state: send it the sum again
                 self._note_failure(site, exc.reason)
             except FlepError as exc:
                 self._note_failure(site, exc.code, f" ({type(exc).__name__}): {exc}")
@@ -354,12 +357,13 @@ class EncryptedFedAvg(Strategy):
 
     def _note_evaluation(self, evaluated: RoundRecord, member: Member, figures: Mapping[str, float]) -> None:
         """Fold one site's evaluation into the round that it is of; unweighted, as counts are private."""
+        known = self._evaluations.setdefault(evaluated.round, {})
         if "seconds_decrypt" in figures:
             member.has_sum = self._sum.digest if self._sum else ""
-            evaluated.seconds["decrypt"] += figures["seconds_decrypt"]
+            if member.site not in known:  # a site tells its figures again with every reply
+                evaluated.seconds["decrypt"] += figures["seconds_decrypt"]
         if not {"accuracy", "loss", "majority_accuracy"} <= set(figures):
             return
-        known = self._evaluations.setdefault(evaluated.round, {})
         known[member.site] = figures
         evaluated.accuracy = _mean(f["accuracy"] for f in known.values())
         evaluated.loss = _mean(f["loss"] for f in known.values())
@@ -376,7 +380,7 @@ class EncryptedFedAvg(Strategy):
             run=self.run,
             key_id=self.terms.key_id,
             round=self._record.round,
-            attempt=1,
+            attempt=self.attempt,
             previous=self._sum.digest if self._sum else "",
             layout=layout.digest,
             profile=self.terms.profile,

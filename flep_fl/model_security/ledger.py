@@ -1,8 +1,12 @@
 """What a site remembers across restarts, so that it never signs a round twice or goes back.
 
 Two different uploads under one round would let the cloud cancel the check values; an old sum accepted again
-would roll the model back. The ledger is one small file beside the last upload; a lock keeps a second process
-of the same kit away.
+would roll the model back. The ledger is one small file beside the last upload and the last accepted sum; a
+lock keeps a second process of the same kit away.
+
+Order of writing: an upload or a sum is on disk before the ledger names it. A process that ends in between
+leaves a file that is one step ahead, and the next process takes that step (:meth:`Ledger.upload_of`,
+:meth:`Ledger.kept_sum`).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 
 from flep_fl.contracts.errors import KitError, StaleUpdateError
 from flep_fl.contracts.files import read_bytes, write_secret
-from flep_fl.model_security.seal import parse_header, signed_header
+from flep_fl.model_security.seal import parse_header, signed_header, sum_digest, sum_position
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +124,36 @@ class Ledger:
         write_secret(self._folder / "upload.bin", blob)
         self._write_header(number, blob)
 
-    def record_sum(self, digest: str, number: int) -> None:
-        """Remember an accepted sum."""
+    def record_sum(self, blob: bytes) -> None:
+        """Keep a sealed sum that has passed every check, and remember that it was accepted."""
+        write_secret(self._folder / "sum.bin", blob)
+        self.confirm_sum(blob)
+
+    def confirm_sum(self, blob: bytes) -> None:
+        """Remember that the sum in ``sum.bin`` was accepted."""
         old = self.entries
-        self._write(Entries(old.run, old.past, old.headers, digest, number))
+        _, number = sum_position(blob)
+        self._write(Entries(old.run, old.past, old.headers, sum_digest(blob), number))
+
+    def kept_sum(self) -> bytes | None:
+        """Return the last accepted sum of the current run, sealed as it came; None where it is not here.
+
+        It is what the ledger names, or one step ahead where the process ended between the two writes; the
+        caller verifies it either way, and confirms it.
+
+        Raises
+        ------
+        UpdateError
+            When the file is not a sealed sum (any more).
+        """
+        path = self._folder / "sum.bin"
+        if not path.exists():
+            return None
+        blob = read_bytes(path, what="The last accepted sum", error=KitError)
+        run, number = sum_position(blob)
+        named = sum_digest(blob) == self.entries.accepted
+        ahead = number > self.entries.accepted_round
+        return blob if run == self.entries.run and (named or ahead) else None
 
     def _write_header(self, number: int, blob: bytes) -> None:
         old = self.entries

@@ -105,23 +105,33 @@ class _CkksMod:
     def _receive(
         self, message: Message, context: Context, instruction: Instruction, figures: Figures
     ) -> None:
-        """Take in the sum that a message carries, if any, and evaluate the model that it gives."""
-        if self.session.is_current(instruction):
+        """Take in the sum that a message carries, if any, and evaluate the model that it gives.
+
+        What was found out about a model is kept and told again with every answer: the cloud may have ended
+        before it heard it.
+        """
+        session = self.session
+        found: Figures = {"seconds_decrypt": 0.0}
+        if not session.is_current(instruction):
+            blob = _payload(message)
+            if blob is None:
+                raise StaleUpdateError(
+                    "The cloud speaks of a sum that it did not send", found=instruction.previous
+                )
+            started = time.perf_counter()
+            session.accept_sum(blob, instruction)
+            found["seconds_decrypt"] = time.perf_counter() - started
+        elif not instruction.previous or session.figures:
+            figures.update(session.figures)
             return
-        blob = _payload(message)
-        if blob is None:
-            raise StaleUpdateError(
-                "The cloud speaks of a sum that it did not send", found=instruction.previous
-            )
-        started = time.perf_counter()
-        model = self.session.accept_sum(blob, instruction)
-        figures["seconds_decrypt"] = time.perf_counter() - started
         if self.on_model is not None:
-            self.on_model(model)
+            self.on_model(session.model)
         if self.evaluate is not None:
-            order = _plain_message(message, model, MessageType.EVALUATE, instruction)
+            order = _plain_message(message, session.model, MessageType.EVALUATE, instruction)
             for record in self.evaluate(order, context).content.metric_records.values():
-                figures.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
+                found.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
+        session.keep_figures(found)
+        figures.update(found)
 
     def _close(self, message: Message, context: Context, instruction: Instruction, figures: Figures) -> None:
         """End the run, whatever the last sum is worth: the cloud will not speak again."""

@@ -119,8 +119,9 @@ class UpdateHeader:
 class Expectation:
     """What the receiver knows of the round, from its own kit and state; fields as in :class:`UpdateHeader`.
 
-    Every field must be equal, but ``None`` leaves ``attempt`` or ``previous`` open: a site that missed
-    rounds may not know them. The contributors of one sum must agree on them in any case.
+    Every field must be equal, but ``attempt`` is the largest that is acceptable: a site answers a round
+    that was opened again with the bytes that it signed before. ``None`` leaves ``attempt`` or ``previous``
+    open: a site may not know them. The contributors of one sum must agree on ``previous`` in any case.
     """
 
     federation: str
@@ -272,7 +273,7 @@ def seal_sum(updates: Sequence[SealedUpdate], payload: bytes, signing_key: Ed255
         "federation": first.federation,
         "run": first.run,
         "round": first.round,
-        "attempt": first.attempt,
+        "attempt": max(update.header.attempt for update in updates),
         "contributors": [
             [_to_base64(update.header_bytes), _to_base64(update.signature)]
             for update in sorted(updates, key=lambda update: update.header.sender)
@@ -287,6 +288,13 @@ def sum_digest(blob: bytes) -> str:
     """Return :attr:`SignedSum.digest` of a sealed sum, for the cloud that has just made it."""
     header, _, _ = _split(_SUM, blob)
     return _digest(header)
+
+
+def sum_position(blob: bytes) -> tuple[str, int]:
+    """Return run and round of a sealed sum that this party has kept itself; no signature is looked at."""
+    header, _, _ = _split(_SUM, blob)
+    document = _parse_sum_header(header)
+    return str(document["run"]), int(document["round"])
 
 
 def open_sum(
@@ -517,8 +525,12 @@ def _compare(header: UpdateHeader, expected: Expectation) -> None:
         _require_same(ForeignUpdateError, header, name, getattr(expected, name))
     for name in ("run", "round"):
         _require_same(StaleUpdateError, header, name, getattr(expected, name))
-    if expected.attempt is not None:
-        _require_same(StaleUpdateError, header, "attempt", expected.attempt)
+    if not 1 <= header.attempt <= (expected.attempt or header.attempt):
+        raise StaleUpdateError(
+            f"The update of {header.sender!r} has another attempt",
+            expected=f"1..{expected.attempt or 'any'}",
+            found=header.attempt,
+        )
     if expected.previous is not None:
         _require_same(ForeignUpdateError, header, "previous", expected.previous)
 
@@ -534,7 +546,10 @@ def _require_same(
 
 
 def _check_agreement(headers: Sequence[UpdateHeader], document: Mapping[str, Any]) -> None:
-    """Require distinct senders, one attempt, one previous sum, and a sum header that says the same."""
+    """Require distinct senders, one previous sum, and a sum header that says the same.
+
+    Attempts may differ: each site signs a round once, with the attempt at which it was first asked.
+    """
     if len({header.sender for header in headers}) != len(headers):
         raise SumCheckError("The sum names a contributor twice")
     for header in headers:
@@ -543,8 +558,15 @@ def _check_agreement(headers: Sequence[UpdateHeader], document: Mapping[str, Any
                 "The contributors of the sum were shown different previous sums",
                 remedy="Do not use this cloud again before its operator has explained it",
             )
-        for name in ("federation", "run", "round", "attempt"):
+        for name in ("federation", "run", "round"):
             _require_same(StaleUpdateError, header, name, document[name])
+    attempts = {header.attempt for header in headers}
+    if headers and max(attempts) != document["attempt"]:
+        raise StaleUpdateError(
+            "The sum names another attempt than its contributors",
+            expected=max(attempts),
+            found=document["attempt"],
+        )
 
 
 def _to_base64(data: bytes) -> str:

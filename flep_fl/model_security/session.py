@@ -1,11 +1,15 @@
 """One analyst's part in a federation: accepts sums, seals updates, and never does either twice.
 
 The session holds the model and compares every word of the cloud with what this site knows from its kit and
-its ledger. A repeated request is answered with identical bytes.
+its ledger. A repeated request is answered with identical bytes. Whatever a session must know of its past lies
+in its state folder, so that a new process goes on where the last one ended.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +26,14 @@ from flep_fl.contracts.errors import (
     FlepError,
     ForeignUpdateError,
     HaltedError,
+    KitError,
     LayoutError,
     ModelKeyError,
     StaleUpdateError,
     SumCheckError,
     WeightRangeError,
 )
-from flep_fl.contracts.files import write_secret
+from flep_fl.contracts.files import read_bytes, write_secret
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
@@ -47,9 +52,14 @@ from flep_fl.model_security.seal import (
     parse_header,
     seal_control,
     seal_update,
+    sum_position,
 )
 
 Arrays = Mapping[str, NDArray[Any]]
+
+_LOG = logging.getLogger(__name__)
+
+_LARGEST_ATTEMPT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,7 @@ class AnalystSession:
     initial
         Returns the first model, made from the seed in the kit.
     state
-        Folder for the ledger; survives restarts of the site.
+        Folder for the ledger, the last upload and the last accepted sum; survives restarts of the site.
     """
 
     def __init__(
@@ -126,8 +136,11 @@ class AnalystSession:
         self.layout = ModelLayout.of(self._first)
         self.model: Arrays = self._first
         self._model_of = ""  # digest of the sum that ``model`` is the average of
+        self.figures: Mapping[str, float] = {}
+        """What this site has to say of the model of the last sum; empty until :meth:`keep_figures`."""
         self.closed = False
         self.failure: FlepError | None = None
+        self._restore()
 
     @property
     def key_id(self) -> str:
@@ -157,6 +170,42 @@ class AnalystSession:
                 f"Site {self.membership.site} rejected a sum under its current keys and has stopped",
                 remedy="Find out why the cloud's sum was wrong, then provision new kits",
             )
+
+    # --- state on disk ---------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Open the last accepted sum again, verified as on the day it came.
+
+        Where it is missing or does not open, the site holds the first model and says so in its introduction:
+        the cloud sends the sum again, and only the one that the ledger names is accepted.
+        """
+        try:
+            blob = self.ledger.kept_sum()
+            if blob is None:
+                return
+            _, number = sum_position(blob)
+            signed = self._open_sum(blob, number)
+            model = self._open(signed, number)
+        except FlepError as exc:
+            _LOG.warning("the last accepted sum on disk is not used (%s): %s", type(exc).__name__, exc)
+            return
+        if signed.digest != self.accepted:
+            self.ledger.confirm_sum(blob)
+        self.model, self._model_of = model, signed.digest
+        with contextlib.suppress(KitError, ValueError, TypeError, KeyError, AttributeError):
+            kept = json.loads(read_bytes(self._figures_file, what="The last figures", error=KitError))
+            if kept["sum"] == signed.digest:
+                self.figures = {str(name): float(value) for name, value in kept["figures"].items()}
+
+    @property
+    def _figures_file(self) -> Path:
+        return self._state / "figures.json"
+
+    def keep_figures(self, figures: Mapping[str, float]) -> None:
+        """Keep what this site found out about the model of the last sum, for a repeated request."""
+        text = {"sum": self._model_of, "figures": dict(figures)}
+        write_secret(self._figures_file, json.dumps(text).encode())
+        self.figures = dict(figures)
 
     # --- instructions ----------------------------------------------------------------------------
 
@@ -199,7 +248,7 @@ class AnalystSession:
 
     def _begin(self, run: str) -> None:
         if self.ledger.enter(run):
-            self.model, self._model_of, self.closed = self._first, "", False
+            self.model, self._model_of, self.figures, self.closed = self._first, "", {}, False
 
     def _compare(self, instruction: Instruction) -> None:
         """Refuse an order that does not fit the run as this site knows it."""
@@ -214,10 +263,14 @@ class AnalystSession:
             raise LayoutError(
                 "The cloud expects another model", expected=self.layout.digest, found=instruction.layout
             )
-        if (instruction.rounds, instruction.attempt) != (rounds, 1) or not 1 <= instruction.round <= rounds:
+        if (
+            instruction.rounds != rounds
+            or not 1 <= instruction.round <= rounds
+            or not 1 <= instruction.attempt <= _LARGEST_ATTEMPT
+        ):
             raise StaleUpdateError(
                 "An instruction names a round that this federation does not have",
-                expected=f"1 to {rounds}, first attempt",
+                expected=f"1 to {rounds}, attempt 1 or more",
                 found=f"{instruction.round} of {instruction.rounds}, attempt {instruction.attempt}",
             )
         if self.closed and instruction.kind == "round":
@@ -230,6 +283,11 @@ class AnalystSession:
             "site": self.membership.site,
             "challenge": instruction.challenge,
             "layout": self.layout.to_json(),
+            # The cloud knows these, unless it was resumed from an old state, or this site lost its own.
+            "accepted": self.accepted,
+            "accepted_round": self.accepted_round,
+            "signed_round": self.ledger.signed_round,
+            "holds": self._model_of,
         }
         return seal_control(text, self._signing_key)
 
@@ -237,7 +295,7 @@ class AnalystSession:
 
     def is_current(self, instruction: Instruction) -> bool:
         """Whether the model held here is the one that the cloud speaks of."""
-        return instruction.previous == self._model_of
+        return instruction.previous == self._model_of == self.accepted
 
     def accept_sum(self, blob: bytes, instruction: Instruction) -> Arrays:
         """Verify a sum, decrypt it, and make its average the current model.
@@ -248,7 +306,7 @@ class AnalystSession:
             When the sum is not that of the signed updates, or comes from elsewhere. After a
             :class:`SumCheckError` the site has stopped for good under these keys.
         """
-        number, own = instruction.sum_round, self.ledger.entries.headers
+        number = instruction.sum_round
         last = instruction.round if instruction.kind == "close" else instruction.round - 1
         if not max(1, self.accepted_round) <= number <= last:
             raise StaleUpdateError(
@@ -257,15 +315,7 @@ class AnalystSession:
                 found=number,
             )
         try:
-            signed = open_sum(
-                blob,
-                cloud_key=self.membership.cloud_key,
-                site_keys=self.membership.site_keys,
-                expected=self._expectation(number),
-                min_contributors=self.membership.min_contributors,
-                own_sender=self.membership.site,
-                own_header=bytes.fromhex(own[number]) if number in own else None,
-            )
+            signed = self._open_sum(blob, number)
             if signed.digest != instruction.previous:
                 raise StaleUpdateError("The instruction announces another sum than the message carries")
             if number == self.accepted_round and signed.digest != self.accepted:
@@ -276,9 +326,22 @@ class AnalystSession:
         except SumCheckError:
             write_secret(self._state / "halted", self.key_id.encode())
             raise
-        self.ledger.record_sum(signed.digest, number)
-        self.model, self._model_of = model, signed.digest
+        self.ledger.record_sum(blob)
+        self.model, self._model_of, self.figures = model, signed.digest, {}
         return model
+
+    def _open_sum(self, blob: bytes, number: int) -> SignedSum:
+        """Verify the envelope of a round's sum and everything that its contributors signed."""
+        m, own = self.membership, self.ledger.entries.headers
+        return open_sum(
+            blob,
+            cloud_key=m.cloud_key,
+            site_keys=m.site_keys,
+            expected=self._expectation(number),
+            min_contributors=m.min_contributors,
+            own_sender=m.site,
+            own_header=bytes.fromhex(own[number]) if number in own else None,
+        )
 
     def _expectation(self, number: int) -> Expectation:
         """Return what the updates in the sum of a round must carry, as far as this site can know."""
@@ -297,7 +360,7 @@ class AnalystSession:
             profile=m.profile.digest,
             config=m.config,
             mode=m.mode,
-            attempt=1,
+            attempt=None,  # others may have been asked more often than this site
             previous=previous,
         )
 

@@ -28,7 +28,8 @@ def hexadecimal(digits: int) -> st.SearchStrategy[str]:
 
 HEADER = st.builds(
     UpdateHeader,
-    federation=NAME, run=NAME, round=NUMBER, attempt=NUMBER, sender=NAME, nonce=hexadecimal(32),
+    federation=NAME, run=NAME, round=NUMBER, attempt=st.integers(1, 1 << 31), sender=NAME,
+    nonce=hexadecimal(32),
     previous=st.one_of(st.just(""), hexadecimal(64)), key_id=st.one_of(st.just("open"), hexadecimal(32)),
     layout=hexadecimal(64), profile=hexadecimal(64), config=hexadecimal(64),
     mode=st.sampled_from(["ckks", "open"]), payload_sha256=st.just(""), payload_bytes=st.just(0),
