@@ -21,7 +21,7 @@ from flep_fl.contracts.records import RoundRecord
 from flep_fl.flower.models import write_model
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.model_security.adder import KeylessAdder, PlainAdder
-from flep_fl.model_security.layout import ModelLayout
+from flep_fl.model_security.layout import Arrays, ModelLayout
 from flep_fl.model_security.profiles import get_profile, vector_length
 from flep_fl.provision.kits import CloudKit
 from flep_fl.reporting.results import write_rounds
@@ -47,38 +47,48 @@ def cloud_strategy(
     on_event
         Gets one line of progress at a time.
     """
-    federation, trust = kit.federation, config.cloud.trust
-    profile = get_profile(config.ckks.profile)
-    encrypted = trust != "open"
-
-    def make_adder(parameters: int) -> Adder:
-        length = vector_length(parameters, checked=encrypted)
-        return KeylessAdder(kit.context, profile, length) if encrypted else PlainAdder(length)
 
     def on_change(rounds: Sequence[RoundRecord]) -> None:
         write_rounds(out / "rounds.jsonl", rounds)
 
     return EncryptedFedAvg(
-        Terms(
-            federation=federation.federation,
-            key_id=federation.key_id if encrypted else "open",
-            profile=profile.digest,
-            mode="ckks" if encrypted else "open",
-            shared=federation.shared,
-            digest=federation.digest,
-            site_keys=federation.site_keys(),
-            rounds=config.federation.rounds,
-            participants=participants(config),
-            quorum=effective_quorum(config),
-            round_timeout=config.federation.round_timeout,
-        ),
+        cloud_terms(kit, config),
         kit.signing_key,
-        make_adder,
+        adder_factory(kit, config),
         message_bytes=message_bytes,
         on_sum=_model_writer(kit, config, out),
         on_change=on_change,
         on_event=on_event,
     )
+
+
+def cloud_terms(kit: CloudKit, config: Config) -> Terms:
+    """Return what the cloud knows of its federation."""
+    federation, encrypted = kit.federation, config.cloud.trust != "open"
+    return Terms(
+        federation=federation.federation,
+        key_id=federation.key_id if encrypted else "open",
+        profile=get_profile(config.ckks.profile).digest,
+        mode="ckks" if encrypted else "open",
+        shared=federation.shared,
+        digest=federation.digest,
+        site_keys=federation.site_keys(),
+        rounds=config.federation.rounds,
+        participants=participants(config),
+        quorum=effective_quorum(config),
+        round_timeout=config.federation.round_timeout,
+    )
+
+
+def adder_factory(kit: CloudKit, config: Config) -> Callable[[int], Adder]:
+    """Return what makes a fresh adder for sums over a model of a given number of weights."""
+    profile, encrypted = get_profile(config.ckks.profile), config.cloud.trust != "open"
+
+    def make_adder(parameters: int) -> Adder:
+        length = vector_length(parameters, checked=encrypted)
+        return KeylessAdder(kit.context, profile, length) if encrypted else PlainAdder(length)
+
+    return make_adder
 
 
 def cloud_app(strategy: EncryptedFedAvg) -> ServerApp:
@@ -92,10 +102,14 @@ def cloud_app(strategy: EncryptedFedAvg) -> ServerApp:
     return app
 
 
-def _model_writer(
-    kit: CloudKit, config: Config, out: Path
-) -> Callable[[int, bytes, ModelLayout], None] | None:
-    """Return what stores the global model after each sum; None for an untrusted cloud."""
+def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout], Arrays] | None:
+    """Return what opens a sum to the model that it is the average of; None for an untrusted cloud.
+
+    Parameters
+    ----------
+    kit, config
+        As in :func:`cloud_strategy`.
+    """
     if config.cloud.trust == "untrusted":
         return None
     from flep_fl.model_security.contribution import average
@@ -115,7 +129,18 @@ def _model_writer(
             values = cipher.decrypt(payload, vector_length(layout.size, checked=True))
             return values[: layout.size + 1]
 
+    return lambda payload, layout: layout.unflatten(average(open_sum(payload, layout)))
+
+
+def _model_writer(
+    kit: CloudKit, config: Config, out: Path
+) -> Callable[[int, bytes, ModelLayout], None] | None:
+    """Return what stores the global model after each sum; None for an untrusted cloud."""
+    opened = model_opener(kit, config)
+    if opened is None:
+        return None
+
     def write(number: int, payload: bytes, layout: ModelLayout) -> None:
-        write_model(out / "model.npz", layout.unflatten(average(open_sum(payload, layout))))
+        write_model(out / "model.npz", opened(payload, layout))
 
     return write

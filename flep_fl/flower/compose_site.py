@@ -13,8 +13,6 @@ from flwr.clientapp import ClientApp
 
 from flep_fl.config import Config
 from flep_fl.contracts.archive import ArchiveDescription
-from flep_fl.contracts.errors import KitError
-from flep_fl.contracts.ports import ModelCipher
 from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.restore import RestoredSplit, restore_split
 from flep_fl.data_analyst.source import LocalArchive, describe, unlock
@@ -22,12 +20,9 @@ from flep_fl.data_analyst.train import evaluate, train_local
 from flep_fl.data_security.presets import build_cipher
 from flep_fl.data_security.restoring import require_order
 from flep_fl.flower.models import write_model
-from flep_fl.model_security.cipher import CkksModelCipher
-from flep_fl.model_security.keyring import CheckKey, ModelKey
+from flep_fl.flower.sessions import session_factory
 from flep_fl.model_security.mod import ckks_mod
-from flep_fl.model_security.plain import PlainModelCipher
-from flep_fl.model_security.profiles import get_profile
-from flep_fl.model_security.session import AnalystSession, Arrays, Membership
+from flep_fl.model_security.session import AnalystSession, Arrays
 from flep_fl.provision.kits import SiteKit
 from flep_fl.provision.owner import image_denoiser, restore_order
 
@@ -97,7 +92,7 @@ def prepare_site(
         When this site does not allow or have the cipher that the bundle names, or it cannot follow
         ``restore.order``.
     """
-    session_factory = _session_factory(kit, config, state or kit.folder / "state")
+    make_session = session_factory(kit, config, state or kit.folder / "state")
     source = LocalArchive(archive, site=kit.name, owner_public_key=kit.federation.owner_verify_key)
     bundle = unlock(source, kit.decryption_key.private_bytes_raw())
     description = describe(source, bundle)
@@ -116,51 +111,16 @@ def prepare_site(
     )
     data = _AnalystData(restore(split="train"), restore(split="test"), description)
     on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
-    session = session_factory(len(description.classes), data.train.images.shape[1])
+    classes, channels = len(description.classes), data.train.images.shape[1]
+
+    def initial() -> Arrays:
+        model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
+        return get_arrays(model)
+
+    session = make_session(initial)
     model_file = out / "model.npz"
     app = _client_app(session, config, kit.name, data, lambda model: write_model(model_file, model))
     return Site(app, session, model_file)
-
-
-def _session_factory(kit: SiteKit, config: Config, state: Path) -> Callable[[int, int], AnalystSession]:
-    """Check keys first, so that a bad kit is told before minutes of restoring."""
-    federation = kit.federation
-    profile = get_profile(config.ckks.profile)
-    encrypted = config.cloud.trust != "open"
-    cipher: ModelCipher = PlainModelCipher("open")
-    if encrypted:
-        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key), profile)
-        if cipher.key_id != federation.key_id:
-            raise KitError(
-                f"The model key in {kit.folder} is not the federation's",
-                expected=f"key {federation.key_id}",
-                found=f"key {cipher.key_id}",
-                remedy="Use the kits as they were provisioned; do not mix them",
-            )
-    check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
-    membership = Membership(
-        site=kit.name,
-        federation=federation.federation,
-        config=federation.digest,
-        shared=federation.shared,
-        mode="ckks" if encrypted else "open",
-        profile=profile,
-        bound=config.ckks.bound,
-        max_examples=config.ckks.max_examples,
-        rounds=config.federation.rounds,
-        min_contributors=config.federation.min_contributors,
-        site_keys=federation.site_keys(),
-        cloud_key=federation.cloud_key(),
-    )
-
-    def make(classes: int, channels: int) -> AnalystSession:
-        def initial() -> Arrays:
-            model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
-            return get_arrays(model)
-
-        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state)
-
-    return make
 
 
 def _client_app(

@@ -1,0 +1,75 @@
+"""What an analyst's session is wired to: the keys of its kit, and what its configuration insists on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from flep_fl.config import Config
+from flep_fl.contracts.errors import KitError
+from flep_fl.contracts.ports import ModelCipher
+from flep_fl.model_security.cipher import CkksModelCipher
+from flep_fl.model_security.keyring import CheckKey, ModelKey
+from flep_fl.model_security.plain import PlainModelCipher
+from flep_fl.model_security.profiles import get_profile
+from flep_fl.model_security.session import AnalystSession, Arrays, Membership
+from flep_fl.provision.kits import SiteKit
+
+SessionFactory = Callable[[Callable[[], Arrays]], AnalystSession]
+
+
+def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory:
+    """Check a kit's keys, and return what makes the session of a given first model.
+
+    The keys come first, so that a bad kit is told before minutes of restoring images.
+
+    Parameters
+    ----------
+    kit, config
+        The site's kit, and the configuration after :func:`flep_fl.config.adopt_kit`.
+    state
+        Folder of the session's state.
+
+    Returns
+    -------
+    Callable
+        ``make(initial)``; ``initial()`` returns the first model.
+
+    Raises
+    ------
+    KitError
+        When the model key is not the federation's.
+    """
+    federation = kit.federation
+    profile = get_profile(config.ckks.profile)
+    encrypted = config.cloud.trust != "open"
+    cipher: ModelCipher = PlainModelCipher("open")
+    if encrypted:
+        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key), profile)
+        if cipher.key_id != federation.key_id:
+            raise KitError(
+                f"The model key in {kit.folder} is not the federation's",
+                expected=f"key {federation.key_id}",
+                found=f"key {cipher.key_id}",
+                remedy="Use the kits as they were provisioned; do not mix them",
+            )
+    check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
+    membership = Membership(
+        site=kit.name,
+        federation=federation.federation,
+        config=federation.digest,
+        shared=federation.shared,
+        mode="ckks" if encrypted else "open",
+        profile=profile,
+        bound=config.ckks.bound,
+        max_examples=config.ckks.max_examples,
+        rounds=config.federation.rounds,
+        min_contributors=config.federation.min_contributors,
+        site_keys=federation.site_keys(),
+        cloud_key=federation.cloud_key(),
+    )
+
+    def make(initial: Callable[[], Arrays]) -> AnalystSession:
+        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state)
+
+    return make
