@@ -56,6 +56,15 @@ class ImageStore(Protocol):
         """Describe all data sets."""
         ...
 
+    def last_sequence(self, device_id: str) -> int | None:
+        """Return the largest sequence number that was ever stored for a device, None for a device never seen.
+
+        It is written in the transaction of the capture and stays when records are deleted: what was deleted
+        must not come back by a replay. The gateway refuses whatever does not lie above it and is not the
+        repetition of a record that is there (:meth:`submit` tells those two apart).
+        """
+        ...
+
     def queue_depth(self) -> tuple[int, int]:
         """Return how many captures wait for a commit, and the most that may wait."""
         ...
