@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from flep_fl.contracts.differences import differences
 from flep_fl.contracts.errors import ConfigError, ConfigMismatchError
 from flep_fl.contracts.targets import is_allowed
+from flep_fl.model_security.optimiser_settings import DEFAULT_LR, OPTIMISERS, OptimiserSettings
 from flep_fl.model_security.profiles import check_federation, get_profile
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -130,18 +131,24 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    """Local training."""
+    """Local training. ``proximal_mu`` above 0 is FedProx: it keeps local models near the global one."""
 
     optimizer: str = "adamw"
     lr: float = 1e-3
     batch_size: int = 32
     local_epochs: int = 3
     augment: bool = False
+    proximal_mu: float = 0.0
 
 
 @dataclass
 class FederationConfig:
-    """Rounds and who must take part. ``quorum`` null means ``min_contributors``."""
+    """Rounds, who must take part, and what every analyst makes of the average.
+
+    ``quorum`` null means ``min_contributors``. ``optimizer``: ``fedavg`` (the average is the model),
+    ``fedavgm`` (``momentum``) or ``fedadam`` (``beta_1``, ``beta_2``, ``tau``); ``optimizer_lr`` null: 1 for
+    fedavgm, 0.1 for fedadam, as in Flower.
+    """
 
     sites: int = 3
     rounds: int = 3
@@ -149,6 +156,12 @@ class FederationConfig:
     quorum: int | None = None
     min_contributors: int = 3
     round_timeout: float = 600.0
+    optimizer: str = "fedavg"
+    optimizer_lr: float | None = None
+    momentum: float = 0.9
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    tau: float = 1e-3
 
 
 @dataclass
@@ -255,6 +268,7 @@ def check(config: Config) -> None:
     _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
     _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)
     _one_of("model", config.model.name, ("cnn",), targets)
+    _one_of("federation.optimizer", config.federation.optimizer, list(OPTIMISERS))
     _one_of("train.optimizer", config.train.optimizer, ("sgd", "adam", "adamw"))
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
@@ -349,6 +363,11 @@ def _check_training(config: Config) -> None:
         f"train.lr={train.lr} is not a learning rate",
         "Set train.lr above 0; 0.001 is the default",
     )
+    _require(
+        math.isfinite(train.proximal_mu) and train.proximal_mu >= 0,
+        f"train.proximal_mu={train.proximal_mu} is not a weight",
+        "Set train.proximal_mu to 0 (FedAvg) or above; 0.01 to 1 are usual",
+    )
     for name, value in (("batch_size", train.batch_size), ("local_epochs", train.local_epochs)):
         _require(value >= 1, f"train.{name}={value} is not positive", f"Set train.{name} to 1 or more")
     _require(
@@ -411,11 +430,26 @@ def _check_federation(config: Config) -> None:
         "in a round",
         "Lower federation.quorum or raise federation.fraction",
     )
+    federated_optimiser(config)
     check_federation(
         get_profile(config.ckks.profile),
         sites=federation.sites,
         bound=config.ckks.bound,
         max_examples=config.ckks.max_examples,
+    )
+
+
+def federated_optimiser(config: Config) -> OptimiserSettings:
+    """Return what every analyst applies to the average of a round; its numbers are checked here."""
+    federation = config.federation
+    lr = federation.optimizer_lr
+    return OptimiserSettings(
+        name=federation.optimizer,
+        lr=DEFAULT_LR[federation.optimizer] if lr is None else lr,
+        momentum=federation.momentum,
+        beta_1=federation.beta_1,
+        beta_2=federation.beta_2,
+        tau=federation.tau,
     )
 
 

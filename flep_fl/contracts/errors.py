@@ -329,6 +329,18 @@ class TooFewContributorsError(UpdateError):
     code = "too_few_contributors"
 
 
+class OptimiserStateError(FlepError):
+    """The state of a federated optimiser is damaged, missing, or belongs to another model."""
+
+    code = "optimiser_state"
+
+
+class TransferError(UpdateError):
+    """A state handed over by another analyst is forged, old, foreign, or not what the others hold."""
+
+    code = "transfer"
+
+
 class HaltedError(FlepError):
     """The site rejected a sum under its current keys and stops until they are rotated."""
 
@@ -409,6 +421,7 @@ PUBLIC_CODES: frozenset[str] = frozenset(
         ForeignUpdateError,
         StaleUpdateError,
         MalformedUpdateError,
+        TransferError,
     )
 )
 """Reason codes that a site may tell an untrusted cloud; every other failure travels as ``error``."""

@@ -66,6 +66,7 @@ def train_local(
     local_epochs: int,
     seed: int,
     augment: bool = False,
+    proximal_mu: float = 0.0,
     device: str = "cpu",
     threads: int | None = None,
 ) -> float:
@@ -89,6 +90,10 @@ def train_local(
         Seed of the order, the augmentation and any dropout, >= 0; give each site and round its own.
     augment
         Turn every image into a random one of its mirror images and quarter turns.
+    proximal_mu
+        Weight of FedProx's proximal term (Li et al. 2020, "Federated optimization in heterogeneous
+        networks"): ``mu / 2`` times the squared distance to the weights at the start of the call is part of
+        the loss; 0 leaves it out.
     device
         torch device.
     threads
@@ -97,7 +102,7 @@ def train_local(
     Returns
     -------
     float
-        Mean cross-entropy over the last epoch, in nats.
+        Mean cross-entropy over the last epoch, in nats, without the proximal term.
 
     Raises
     ------
@@ -108,12 +113,14 @@ def train_local(
     TrainingError
         The loss stopped being finite.
     """
-    _check_settings(optimizer, lr, batch_size, local_epochs, seed)
+    _check_settings(optimizer, lr, batch_size, local_epochs, seed, proximal_mu)
     _check_data(images, labels)
     rng = np.random.default_rng(seed)
     pixels, targets = _tensors(images, labels)
     model.to(device).train()
-    stepper = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad], lr)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    start_point = [p.detach().clone() for p in parameters] if proximal_mu else []
+    stepper = OPTIMIZERS[optimizer](parameters, lr)
     mean = math.nan
     with _deterministic(seed, device, threads):
         for _ in range(local_epochs):
@@ -133,6 +140,7 @@ def train_local(
                     )
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
+                _add_proximal_gradient(parameters, start_point, proximal_mu)
                 stepper.step()
                 total += value * len(chosen)
             mean = total / len(targets)
@@ -181,6 +189,16 @@ def evaluate(
     return Evaluation(correct=correct, total=len(targets), loss_mean=loss / len(targets))
 
 
+def _add_proximal_gradient(parameters: list[Parameter], start: list[Tensor], mu: float) -> None:
+    """Add ``mu (w - w0)``, the gradient of ``mu / 2 |w - w0|^2``; ``start`` is empty where mu is 0."""
+    for parameter, origin in zip(parameters, start, strict=False):
+        difference = parameter.detach() - origin
+        if parameter.grad is None:
+            parameter.grad = mu * difference
+        else:
+            parameter.grad.add_(difference, alpha=mu)
+
+
 def _to_unit(pixels: Tensor, device: str) -> Tensor:
     return pixels.to(device, torch.float32).div(255.0)
 
@@ -223,7 +241,9 @@ def _tensors(images: ImageArray, labels: NDArray[np.int64]) -> tuple[Tensor, Ten
     return pixels, torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
 
 
-def _check_settings(optimizer: str, lr: float, batch_size: int, local_epochs: int, seed: int) -> None:
+def _check_settings(
+    optimizer: str, lr: float, batch_size: int, local_epochs: int, seed: int, proximal_mu: float
+) -> None:
     if optimizer not in OPTIMIZERS:
         raise ConfigError(
             "train.optimizer is unknown", expected="one of " + ", ".join(sorted(OPTIMIZERS)), found=optimizer
@@ -233,6 +253,8 @@ def _check_settings(optimizer: str, lr: float, batch_size: int, local_epochs: in
     for name, value in (("batch_size", batch_size), ("local_epochs", local_epochs)):
         if value < 1:
             raise ConfigError(f"train.{name} is out of range", expected=">= 1", found=value)
+    if not (math.isfinite(proximal_mu) and proximal_mu >= 0):
+        raise ConfigError("train.proximal_mu is out of range", expected="0 or more", found=proximal_mu)
     if seed < 0:
         raise ConfigError("the training seed is out of range", expected=">= 0", found=seed)
 

@@ -157,6 +157,7 @@ def _client_app(
             local_epochs=settings.local_epochs,
             seed=_training_seed(config.seed, name, number),
             augment=settings.augment,
+            proximal_mu=settings.proximal_mu,
             device=device,
             threads=config.runtime.threads,
         )

@@ -244,3 +244,49 @@ def test_digits_train_across_three_sites():
         }
     set_arrays(model, current)
     assert evaluate(model, images[test], labels[test]).accuracy > 0.85
+
+
+def distance(model, start):
+    return sum(float(((p.detach() - q) ** 2).sum()) for p, q in zip(model.parameters(), start, strict=True))
+
+
+def test_the_proximal_term_is_that_of_fedprox():
+    """The same as autograd on loss + mu/2 |w - w0|^2, written out."""
+    images, labels = stripes(16)
+    mu, steps = 0.7, 4
+    ours, theirs = (build_model("cnn", classes=2, seed=5) for _ in range(2))
+    train_local(
+        ours, images, labels, optimizer="sgd", lr=0.05, batch_size=16, local_epochs=steps, seed=1,
+        proximal_mu=mu, threads=1,
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    start = [p.detach().clone() for p in theirs.parameters()]
+    stepper = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for _ in range(steps):
+        order = rng.permutation(16)
+        logits = theirs(torch.from_numpy(images[order]) / 255)
+        loss = nn.functional.cross_entropy(logits, torch.from_numpy(labels[order]))
+        for p, q in zip(theirs.parameters(), start, strict=True):
+            loss = loss + mu / 2 * ((p - q) ** 2).sum()
+        stepper.zero_grad()
+        loss.backward()
+        stepper.step()
+    assert distance(ours, [p.detach() for p in theirs.parameters()]) < 1e-8 < distance(ours, start)
+
+
+def test_a_larger_proximal_weight_keeps_the_model_nearer():
+    images, labels = stripes()
+    distances = []
+    for mu in (0.0, 1.0, 100.0):
+        model = build_model("cnn", classes=2, seed=5)
+        start = [p.detach().clone() for p in model.parameters()]
+        train_local(model, images, labels, **{**SETTINGS, "optimizer": "sgd"}, proximal_mu=mu)
+        distances.append(distance(model, start))
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+@pytest.mark.parametrize("mu", [-0.1, float("nan"), float("inf")])
+def test_a_proximal_weight_out_of_range_is_refused(mu):
+    images, labels = stripes(16)
+    with pytest.raises(ConfigError, match="proximal_mu"):
+        train_local(build_model("cnn", classes=2, seed=0), images, labels, **SETTINGS, proximal_mu=mu)
