@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flep_fl.contracts.ports import ImageBatch
 from flep_fl.contracts.records import SealedRecord
 
 OwnerImage = NDArray[np.uint8] | NDArray[np.uint16]
 """One image as the owner holds it: uint8 or uint16 over the whole range, (H, W) or (C, H, W)."""
+
+
+def stacked(images: Sequence[OwnerImage]) -> ImageBatch:
+    """Stack images of one shape and dtype to a batch, (N, H, W) or (N, C, H, W)."""
+    batch: ImageBatch = np.stack(images)  # type: ignore[assignment]  # numpy forgets the dtypes of a union
+    return batch
 
 
 @dataclass(frozen=True, slots=True)

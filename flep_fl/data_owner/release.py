@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from numpy.typing import NDArray
 
 from flep_fl.contracts import archive
 from flep_fl.contracts.archive import ArchiveDescription, ArchiveHead, IndexEntry
 from flep_fl.contracts.errors import ArchiveError, ConfigError, RecordError
+from flep_fl.contracts.owner_records import OwnerImage, stacked
 from flep_fl.contracts.ports import Entropy, ImageCipher
 from flep_fl.contracts.records import ArchiveManifest
 from flep_fl.data_security.keys import ImageKeyBundle
@@ -37,8 +36,8 @@ class OwnerRecord(Protocol):
         ...
 
     @property
-    def image(self) -> NDArray[np.uint8]:
-        """uint8, shape (H, W)."""
+    def image(self) -> OwnerImage:
+        """uint8 or uint16, shape (H, W) or (C, H, W)."""
         ...
 
     @property
@@ -175,7 +174,7 @@ def _sealed_records(
     tickets = [entropy(16) for _ in record_ids]
     order = [record_id for _, record_id in sorted(zip(tickets, record_ids, strict=True))]
     for start in range(0, len(order), _BATCH):
-        groups: dict[tuple[int, ...], list[OwnerRecord]] = {}
+        groups: dict[tuple[object, ...], list[OwnerRecord]] = {}
         for record_id in order[start : start + _BATCH]:
             try:
                 record = database.get(record_id)
@@ -184,9 +183,9 @@ def _sealed_records(
                     raise
                 on_corrupt(error)
                 continue
-            groups.setdefault(record.image.shape, []).append(record)
+            groups.setdefault((record.image.shape, record.image.dtype), []).append(record)
         for group in groups.values():
-            envelopes = cipher.encrypt(np.stack([record.image for record in group]))
+            envelopes = cipher.encrypt(stacked([record.image for record in group]))
             for record, envelope in zip(group, envelopes, strict=True):
                 label = seal_label(bundle, record.record_id, record.split, record.label)
                 yield record.record_id, record.split, envelope, label

@@ -1,29 +1,42 @@
-"""The data owner's private database: images sealed at rest in SQLite."""
+"""The data owner's private database: images sealed at rest, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-from sqlalchemy import Engine, create_engine, event, func, insert, select
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
-from flep_fl.contracts.errors import DatabaseError, DataError, ImageFormatError, RecordError
-from flep_fl.private_database.schema import FORMAT_VERSION, Base, MetaRow, RecordRow
+from flep_fl.contracts.errors import (
+    DatabaseError,
+    DataError,
+    RecordError,
+    SequenceConflictError,
+)
+from flep_fl.contracts.owner_records import Capture, DatasetInfo, OwnerImage, Receipt
+from flep_fl.private_database import schema
+from flep_fl.private_database.catalogue import TEST_FRACTION, Catalogue
+from flep_fl.private_database.checks import (
+    check_ingest,
+    check_key,
+    check_label,
+    check_texts,
+    checked_image,
+    corrupt,
+    same_capture,
+    unknown,
+)
+from flep_fl.private_database.engine import Location
+from flep_fl.private_database.rows import Dataset, PlainRecord, RecordTags
 from flep_fl.private_database.sealing import (
     KEY_BYTES,
     SPLITS,
+    Tags,
     Unsealable,
     pack_image,
     pack_tags,
@@ -31,179 +44,103 @@ from flep_fl.private_database.sealing import (
     unpack_image,
     unpack_tags,
     unseal,
-    wrapping_key,
 )
+from flep_fl.private_database.vault import make_tables
+from flep_fl.private_database.writer import GroupWriter
 
 _BATCH = 32  # records in memory at once
-_DESCRIPTION_BYTES = 1024  # the sealed description is padded to a multiple of this
+_CHUNK = 500  # rows, or values in one IN list
+_UNIFORM = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class PlainRecord:
-    """One record as the owner sees it.
+class OwnerDatabase(Catalogue):
+    """A private database and the owner's key to it; a context manager, safe for threads.
 
-    Attributes
-    ----------
-    record_id
-        32 hex digits, random.
-    image
-        uint8, shape (H, W), read-only.
-    label
-        Class index.
-    split
-        "train" or "test".
-    """
-
-    record_id: str
-    image: NDArray[np.uint8] = field(repr=False)
-    label: int = field(repr=False)
-    split: str
-
-
-@dataclass(frozen=True, slots=True)
-class RecordTags:
-    """Identifier, class index and split of a record, without its pixels."""
-
-    record_id: str
-    label: int = field(repr=False)
-    split: str
-
-
-class OwnerDatabase:
-    """A database file and the owner's key to it; a context manager.
-
-    Pixels, labels, splits, class names and the data set's name are sealed (:mod:`.sealing`), deleted pages
-    are overwritten, and rows lie in random order: a stolen file shows counts, sizes and times only.
+    Pixels, labels, splits, devices, times, class names and the data sets' names are sealed (:mod:`.sealing`)
+    and deleted pages are overwritten: a stolen file shows counts, sizes and the order of arrival only.
 
     Parameters
     ----------
-    path
-        The SQLite file (WAL files beside it); created 0600 by :meth:`create`.
+    location
+        The SQLite file (WAL files beside it), or the URL of a PostgreSQL database.
     owner_key
         32 random bytes that stay with the owner.
 
     Raises
     ------
     DatabaseError
-        The file is missing, is not such a database, or belongs to another owner key.
+        It is missing, no such database, of another owner key, or written by a newer release.
     """
 
-    def __init__(self, path: Path, owner_key: bytes) -> None:
-        _check_key(owner_key)
-        if not path.is_file():
-            raise DatabaseError(f"the private database does not exist: {path}", remedy="Create it first")
-        path.chmod(0o600)
-        self.path = path
-        self._engine = _engine(path)
-        try:
-            with self.session() as session:
-                meta = session.get(MetaRow, 1)
-                found = None if meta is None else (meta.version, meta.salt, meta.sealed)
-            if found is None or found[0] != FORMAT_VERSION:
-                raise DatabaseError(
-                    f"the file is not a private database of this release: {path}",
-                    expected=f"format version {FORMAT_VERSION}",
-                    found="none" if found is None else found[0],
-                )
-            self._key = wrapping_key(owner_key, found[1])
-            description = json.loads(unseal(self._key, found[2], what="description", place="meta"))
-        except Unsealable as exc:
-            self._engine.dispose()
-            raise DatabaseError(
-                f"the private database belongs to another owner key, or its head is corrupt: {path}",
-                remedy="Use the key that it was created with",
-            ) from exc
-        except DatabaseError:
-            self._engine.dispose()
-            raise
-        self.dataset: str = description["dataset"]
-        self.classes: tuple[str, ...] = tuple(description["classes"])
+    def __init__(self, location: Location, owner_key: bytes) -> None:
+        super().__init__(location, owner_key)
+        self._known_datasets: dict[str, Dataset] = {}
+        self._writer: GroupWriter | None = None
+        self._lock = threading.Lock()
 
     @classmethod
-    def create(cls, path: Path, owner_key: bytes, *, dataset: str, classes: Sequence[str]) -> Self:
-        """Create an empty database.
+    def create(
+        cls,
+        location: Location,
+        owner_key: bytes,
+        *,
+        dataset: str | None = None,
+        classes: Sequence[str] = (),
+        test_fraction: float = TEST_FRACTION,
+    ) -> Self:
+        """Create an empty database, with one data set where one is named.
 
         Parameters
         ----------
-        path
-            A file that does not exist yet.
+        location
+            A file that does not exist yet, or the URL of an empty PostgreSQL database.
         owner_key
             32 random bytes.
-        dataset, classes
-            Name of the data set and of its classes; sealed.
+        dataset, classes, test_fraction
+            As for :meth:`add_dataset`.
 
         Raises
         ------
         DatabaseError
-            The file exists already or cannot be created.
+            There is something already, or it cannot be created.
         """
-        _check_key(owner_key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # SQLite gives its WAL files the permissions of the database file.
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except OSError as exc:
-            raise DatabaseError(
-                f"the private database cannot be created: {path} ({exc.strerror})",
-                remedy="Choose another path or remove the old file",
-            ) from exc
-        salt = secrets.token_bytes(32)
-        plain = json.dumps({"dataset": dataset, "classes": list(classes)}).encode()
-        plain += b" " * (-len(plain) % _DESCRIPTION_BYTES)
-        sealed = seal(wrapping_key(owner_key, salt), plain, what="description", place="meta")
-        engine = _engine(path)
-        with _named_errors(path):
-            Base.metadata.create_all(engine)
-            with Session(engine) as session, session.begin():
-                session.add(MetaRow(id=1, version=FORMAT_VERSION, salt=salt, sealed=sealed))
-        engine.dispose()
-        return cls(path, owner_key)
-
-    def __repr__(self) -> str:
-        return f"OwnerDatabase({str(self.path)!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        check_key(owner_key)
+        make_tables(location, owner_key)
+        created = cls(location, owner_key)
+        if dataset is not None:
+            created.add_dataset(dataset, classes, test_fraction=test_fraction)
+        return created
 
     def close(self) -> None:
-        """Close all connections; SQLite then merges and removes its WAL files."""
-        self._engine.dispose()
+        """Finish what is queued and close all connections."""
+        with self._lock:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        self.database.close()
 
-    @contextmanager
-    def session(self) -> Iterator[Session]:
-        """Open one transaction: committed at the end, rolled back on any error; SQL errors are named."""
-        with _named_errors(self.path), Session(self._engine) as session, session.begin():
-            yield session
-
-    def seal(self, plain: bytes, *, what: str, place: str) -> bytes:
-        """Seal a few bytes under the database's own key, bound to ``what`` and ``place``."""
-        return seal(self._key, plain, what=what, place=place)
-
-    def unseal(self, sealed: bytes, *, what: str, place: str) -> bytes:
-        """Undo :meth:`seal`; raise :class:`DatabaseError` when the blob does not fit."""
-        try:
-            return unseal(self._key, sealed, what=what, place=place)
-        except Unsealable as exc:
-            raise DatabaseError(f"a sealed {what} of the private database is corrupt: {self.path}") from exc
+    # --- in ------------------------------------------------------------------------------------------
 
     def ingest(
-        self, images: Sequence[NDArray[np.uint8]], labels: Sequence[int], splits: Sequence[str]
+        self,
+        images: Sequence[OwnerImage],
+        labels: Sequence[int],
+        splits: Sequence[str],
+        *,
+        dataset: str | None = None,
     ) -> list[str]:
-        """Seal and store images in one transaction: all of them, or none.
+        """Seal and store images that no device sent, in one transaction: all of them, or none.
 
         Parameters
         ----------
         images
-            Grey images, uint8, shape (H, W) each, sizes may differ; read one batch at a time.
+            uint8 or uint16, shape (H, W) or (C, H, W) each, sizes may differ; read one batch at a time.
         labels
             Class index of every image, 0..len(classes)-1.
         splits
             "train" or "test" for every image.
+        dataset
+            Where they belong; None where there is one data set only.
 
         Returns
         -------
@@ -218,28 +155,283 @@ class OwnerDatabase:
         DatabaseError
             The database refused.
         """
-        self._check_ingest(images, labels, splits)
+        target = self.dataset(dataset)
+        check_ingest(target, images, labels, splits)
         ids = [secrets.token_hex(16) for _ in labels]
         order = list(range(len(ids)))
         secrets.SystemRandom().shuffle(order)
-        with self.session() as session:
+        stored_at = self.clock.now()
+        with self.write() as connection:
             for start in range(0, len(order), _BATCH):
-                rows = [
-                    self._sealed_row(ids[i], _checked_image(images[i], i), labels[i], splits[i])
-                    for i in order[start : start + _BATCH]
-                ]
-                session.execute(insert(RecordRow), rows)
+                self._insert(
+                    connection,
+                    [
+                        self._sealed_row(
+                            target,
+                            checked_image(images[i], f"image {i}"),
+                            Tags(labels[i], splits[i], stored_at=stored_at, given=(labels[i], splits[i])),
+                            record_id=ids[i],
+                        )
+                        for i in order[start : start + _BATCH]
+                    ],
+                )
         return ids
 
-    def count(self, split: str | None = None) -> int:
-        """Return the number of records, of one split or of all."""
+    def submit(self, capture: Capture) -> Future[Receipt]:
+        """Seal a capture and queue it for the next group commit; see :class:`.ports.ImageStore`."""
+        writer = self._group_writer()
+        with writer.reserved() as slot:
+            return slot.enqueue(self._row_of(capture))
+
+    def put(self, capture: Capture) -> Receipt:
+        """Store one capture and wait until it is on stable storage."""
+        return self.submit(capture).result()
+
+    def put_many(self, captures: Sequence[Capture]) -> list[Receipt]:
+        """Store captures in one transaction: all of them, or none."""
+        rows = [self._row_of(capture) for capture in captures]
+        found = self._commit(rows)
+        for outcome in found:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return [outcome for outcome in found if isinstance(outcome, Receipt)]
+
+    def queue_depth(self) -> tuple[int, int]:
+        """Return how many captures wait for a commit, and the most that may wait."""
+        return self._group_writer().depth()
+
+    def set_labels(self, labels: Mapping[str, int]) -> None:
+        """Set or change labels by record id, in one transaction.
+
+        A record that was released already keeps the label under which it was released until the next epoch.
+
+        Raises
+        ------
+        RecordError
+            A record is unknown or corrupt.
+        DataError
+            A label is out of range.
+        """
+        with self.write() as connection:
+            names = {found.number: found for found in self.all_datasets()}
+            for record_id, label in labels.items():
+                row = connection.execute(
+                    select(schema.records).where(schema.records.c.record_id == record_id)
+                ).one_or_none()
+                if row is None:
+                    raise unknown(record_id)
+                check_label(names[row.dataset_id], label, f"record {record_id}")
+                key, tags = self.open_tags(record_id, row.wrapped_key, row.sealed_tags)
+                changed = pack_tags(replace(tags, label=label))
+                connection.execute(
+                    update(schema.records)
+                    .where(schema.records.c.seq == row.seq)
+                    .values(sealed_tags=seal(key, changed, what="tags", place=record_id))
+                )
+
+    def _group_writer(self) -> GroupWriter:
+        with self._lock:
+            if self._writer is None:
+                self._writer = GroupWriter(self._commit)
+            return self._writer
+
+    def _row_of(self, capture: Capture) -> dict[str, Any]:
+        """Check and seal a capture."""
+        target = self._known_datasets.get(capture.dataset)
+        if target is None:
+            target = self._known_datasets[capture.dataset] = self.dataset(capture.dataset)
+        image = checked_image(capture.image, "the image")
+        if capture.label is not None:
+            check_label(target, capture.label, "the image")
+        if capture.split not in (None, *SPLITS):
+            raise DataError(
+                "the split is unknown", expected="one of " + ", ".join(SPLITS), found=capture.split
+            )
+        check_texts(capture)
+        split = capture.split
+        if split is None:
+            held_out = secrets.randbelow(_UNIFORM) < target.test_fraction * _UNIFORM
+            split = "test" if held_out else "train"
+        tags = Tags(
+            capture.label,
+            split,
+            capture.device_id,
+            capture.sequence,
+            float(capture.captured_at),
+            capture.idempotency_key,
+            self.clock.now(),
+            (capture.label, capture.split),
+            dict(capture.metadata),
+        )
+        row = self._sealed_row(target, image, tags, record_id=secrets.token_hex(16))
+        return {**row, "capture": capture}
+
+    def _commit(self, rows: Sequence[dict[str, Any]]) -> list[Receipt | Exception]:
+        """Store rows in one transaction, those that are there already left out; one outcome a row."""
+        with self.write() as connection:
+            known = self._known(connection, rows)
+            outcomes: list[Receipt | Exception] = []
+            fresh: list[dict[str, Any]] = []
+            for row in rows:
+                same = [known[index] for index in (row["origin"], row["request"]) if index in known]
+                if not same:
+                    fresh.append(row)
+                    for index in (row["origin"], row["request"]):
+                        if index is not None:
+                            known[index] = row["capture"], row["record_id"]
+                    outcomes.append(Receipt(row["record_id"], is_new=True))
+                    continue
+                outcomes.append(self._repeated(connection, row["capture"], same))
+            self._insert(connection, fresh)
+        return outcomes
+
+    def _known(
+        self, connection: Connection, rows: Sequence[dict[str, Any]]
+    ) -> dict[bytes, tuple[Capture | None, str]]:
+        """Find which of the rows' keyed hashes are stored: hash -> (capture if in this batch, record id)."""
+        columns = schema.records.c
+        known: dict[bytes, tuple[Capture | None, str]] = {}
+        for column, name in ((columns.origin, "origin"), (columns.request, "request")):
+            values = [row[name] for row in rows if row[name] is not None]
+            for start in range(0, len(values), _CHUNK):
+                query = select(column, columns.record_id).where(column.in_(values[start : start + _CHUNK]))
+                known |= {row[0]: (None, row[1]) for row in connection.execute(query)}
+        return known
+
+    def _repeated(
+        self, connection: Connection, capture: Capture, same: list[tuple[Capture | None, str]]
+    ) -> Receipt | Exception:
+        """Answer a capture whose device and sequence, or idempotency key, were seen before."""
+        stored, record_id = same[0]
+        if all(other == record_id for _, other in same):
+            if stored is None:
+                stored = self._as_capture(connection, record_id)
+            if same_capture(stored, capture):
+                return Receipt(record_id, is_new=False)
+        return SequenceConflictError(
+            "the device used this sequence number, or this idempotency key, for another capture",
+            remedy="A device counts on from its last number, also after a restart",
+        )
+
+    def _as_capture(self, connection: Connection, record_id: str) -> Capture:
+        row = connection.execute(_whole_row(record_id)).one()
+        record = self._opened_record(record_id, row)
+        tags = record.tags
+        number = connection.execute(
+            select(schema.records.c.dataset_id).where(schema.records.c.record_id == record_id)
+        ).scalar_one()
+        name = next(found.name for found in self.all_datasets() if found.number == number)
+        return Capture(
+            name,
+            tags.device,
+            tags.sequence,
+            record.image,
+            tags.given[0],
+            tags.given[1],
+            tags.captured_at,
+            tags.idempotency_key,
+            tags.metadata,
+        )
+
+    def _sealed_row(
+        self, target: Dataset, image: OwnerImage, tags: Tags, *, record_id: str
+    ) -> dict[str, Any]:
+        key = secrets.token_bytes(KEY_BYTES)
+        origin = request = None
+        if tags.sequence >= 0:
+            origin = self.blind_index("origin", tags.device, str(tags.sequence))
+        if tags.idempotency_key is not None:
+            request = self.blind_index("request", tags.device, tags.idempotency_key)
+        return {
+            "record_id": record_id,
+            "dataset_id": target.number,
+            "origin": origin,
+            "request": request,
+            "wrapped_key": seal(self._key, key, what="key", place=record_id),
+            "sealed_tags": seal(key, pack_tags(tags), what="tags", place=record_id),
+            "sealed_image": seal(key, pack_image(image), what="image", place=record_id),
+        }
+
+    def _insert(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        table = schema.records
+        columns = ("record_id", "dataset_id", "origin", "request", "wrapped_key", "sealed_tags")
+        try:
+            connection.execute(insert(table), [{name: row[name] for name in columns} for row in rows])
+        except IntegrityError as exc:  # pragma: no cover - writers are serialised
+            raise DatabaseError("a record is stored already") from exc
+        ids = [row["record_id"] for row in rows]
+        seqs: dict[str, int] = {}
+        for start in range(0, len(ids), _CHUNK):
+            query = select(table.c.record_id, table.c.seq).where(
+                table.c.record_id.in_(ids[start : start + _CHUNK])
+            )
+            seqs |= {row[0]: row[1] for row in connection.execute(query)}
+        connection.execute(
+            insert(schema.images),
+            [{"seq": seqs[row["record_id"]], "sealed_image": row["sealed_image"]} for row in rows],
+        )
+
+    # --- out -----------------------------------------------------------------------------------------
+
+    def datasets(self) -> list[DatasetInfo]:
+        """Describe all data sets; reads the tags of every record."""
+        described = []
+        for found in self.all_datasets():
+            counts = {"train": 0, "test": 0}
+            unlabelled = 0
+            for tags in self.iter_tags(found.name):
+                counts[tags.split] += 1
+                unlabelled += tags.label is None
+            described.append(
+                DatasetInfo(
+                    found.name,
+                    found.classes,
+                    found.epoch,
+                    counts["train"],
+                    counts["test"],
+                    unlabelled,
+                    self._released(found),
+                )
+            )
+        return described
+
+    def _released(self, found: Dataset) -> int:
+        rows = schema.released.c
+        current = (
+            select(schema.snapshots.c.last)
+            .where(
+                schema.snapshots.c.dataset_id == found.number,
+                schema.snapshots.c.epoch == found.epoch,
+                schema.snapshots.c.stale.is_(False),
+            )
+            .order_by(schema.snapshots.c.number.desc())
+            .limit(1)
+        )
+        with self.database.read() as connection:
+            last = connection.execute(current).scalar() or 0
+            counted = select(func.count()).where(
+                rows.dataset_id == found.number, rows.epoch == found.epoch, rows.position <= last
+            )
+            return connection.execute(counted).scalar() or 0
+
+    def count(self, split: str | None = None, *, dataset: str | None = None) -> int:
+        """Return the number of records, of one split or of all, of one data set or of all."""
         if split is not None:
-            return len(self.tags(split))
-        with self.session() as session:
-            return session.scalar(select(func.count()).select_from(RecordRow)) or 0
+            return sum(tags.split == split for tags in self.iter_tags(dataset))
+        query = select(func.count()).select_from(schema.records)
+        if dataset is not None:
+            query = query.where(schema.records.c.dataset_id == self.dataset(dataset).number)
+        with self.database.read() as connection:
+            return connection.execute(query).scalar() or 0
 
     def tags(
-        self, split: str | None = None, *, on_corrupt: Callable[[RecordError], None] | None = None
+        self,
+        split: str | None = None,
+        *,
+        dataset: str | None = None,
+        on_corrupt: Callable[[RecordError], None] | None = None,
     ) -> list[RecordTags]:
         """List identifiers, labels and splits, ordered by identifier (which is random).
 
@@ -247,6 +439,8 @@ class OwnerDatabase:
         ----------
         split
             "train", "test", or None for both.
+        dataset
+            One data set, or None for all.
         on_corrupt
             Receives the error of each corrupt record, which is then left out; None raises the first one.
 
@@ -255,24 +449,41 @@ class OwnerDatabase:
         RecordError
             A record is corrupt.
         """
-        with self.session() as session:
-            rows = session.execute(
-                select(RecordRow.record_id, RecordRow.wrapped_key, RecordRow.sealed_tags).order_by(
-                    RecordRow.record_id
-                )
-            ).all()
-        found = []
-        for record_id, wrapped, sealed in rows:
-            try:
-                _, label, name = self._open_tags(record_id, wrapped, sealed)
-            except RecordError as error:
-                if on_corrupt is None:
-                    raise
-                on_corrupt(error)
-                continue
-            if split in (None, name):
-                found.append(RecordTags(record_id, label, name))
-        return found
+        found = self.iter_tags(dataset, on_corrupt=on_corrupt)
+        return [tags for tags in found if split in (None, tags.split)]
+
+    def iter_tags(
+        self, dataset: str | None = None, *, on_corrupt: Callable[[RecordError], None] | None = None
+    ) -> Iterator[RecordTags]:
+        """Yield what :meth:`tags` lists, a few hundred rows in memory at once."""
+        for record_id, tags in self.iter_all_tags(dataset, on_corrupt=on_corrupt):
+            yield RecordTags(record_id, tags.label, tags.split)
+
+    def iter_all_tags(
+        self, dataset: str | None = None, *, on_corrupt: Callable[[RecordError], None] | None = None
+    ) -> Iterator[tuple[str, Tags]]:
+        """Yield identifier and tags of every record, ordered by identifier."""
+        columns = schema.records.c
+        number = None if dataset is None else self.dataset(dataset).number
+        last = ""
+        while True:
+            query = select(columns.record_id, columns.wrapped_key, columns.sealed_tags).where(
+                columns.record_id > last
+            )
+            if number is not None:
+                query = query.where(columns.dataset_id == number)
+            with self.database.read() as connection:
+                rows = connection.execute(query.order_by(columns.record_id).limit(_CHUNK)).all()
+            for record_id, wrapped, sealed in rows:
+                try:
+                    yield record_id, self.open_tags(record_id, wrapped, sealed)[1]
+                except RecordError as error:
+                    if on_corrupt is None:
+                        raise
+                    on_corrupt(error)
+            if len(rows) < _CHUNK:
+                return
+            last = rows[-1].record_id
 
     def get(self, record_id: str) -> PlainRecord:
         """Open one record.
@@ -282,23 +493,39 @@ class OwnerDatabase:
         RecordError
             There is no such record, or it is corrupt; other records are not affected.
         """
-        with self.session() as session:
-            row = session.get(RecordRow, record_id)
-            if row is None:
-                raise RecordError(f"the private database has no record {record_id}")
-            columns = (row.wrapped_key, row.sealed_tags, row.sealed_image)
-        key, label, split = self._open_tags(record_id, *columns[:2])
-        try:
-            image = unpack_image(unseal(key, columns[2], what="image", place=record_id))
-        except Unsealable as exc:
-            raise _corrupt(record_id) from exc
-        return PlainRecord(record_id, image, label, split)
+        with self.database.read() as connection:
+            row = connection.execute(_whole_row(record_id)).one_or_none()
+        if row is None:
+            raise unknown(record_id)
+        return self._opened_record(record_id, row)
+
+    def get_many(self, record_ids: Sequence[str], *, on_corrupt: Callable[[str], None]) -> list[PlainRecord]:
+        """Open records in one query, in the order asked; unknown and corrupt ones go to ``on_corrupt``."""
+        columns = schema.records.c
+        query = _whole_rows().add_columns(columns.record_id).where(columns.record_id.in_(record_ids))
+        with self.database.read() as connection:
+            rows = {row.record_id: row for row in connection.execute(query)}
+        found = []
+        for record_id in record_ids:
+            try:
+                if record_id not in rows:
+                    raise unknown(record_id)
+                found.append(self._opened_record(record_id, rows[record_id]))
+            except RecordError:
+                on_corrupt(record_id)
+        return found
 
     def records(
-        self, split: str | None = None, *, on_corrupt: Callable[[RecordError], None] | None = None
+        self,
+        split: str | None = None,
+        *,
+        dataset: str | None = None,
+        on_corrupt: Callable[[RecordError], None] | None = None,
     ) -> Iterator[PlainRecord]:
         """Yield records one at a time, ordered by identifier; parameters and errors as in :meth:`tags`."""
-        for tags in self.tags(split, on_corrupt=on_corrupt):
+        for tags in self.iter_tags(dataset, on_corrupt=on_corrupt):
+            if split not in (None, tags.split):
+                continue
             try:
                 record = self.get(tags.record_id)
             except RecordError as error:
@@ -308,85 +535,100 @@ class OwnerDatabase:
                 continue
             yield record
 
-    def _sealed_row(self, record_id: str, image: NDArray[np.uint8], label: int, split: str) -> dict[str, Any]:
-        key = secrets.token_bytes(KEY_BYTES)
-        return {
-            "record_id": record_id,
-            "wrapped_key": seal(self._key, key, what="key", place=record_id),
-            "sealed_tags": seal(key, pack_tags(label, split), what="tags", place=record_id),
-            "sealed_image": seal(key, pack_image(image), what="image", place=record_id),
-        }
-
-    def _open_tags(self, record_id: str, wrapped: bytes, sealed: bytes) -> tuple[bytes, int, str]:
+    def open_tags(self, record_id: str, wrapped: bytes, sealed: bytes) -> tuple[bytes, Tags]:
+        """Unwrap a record's data key and open its tags; raise :class:`RecordError` when they do not fit."""
         try:
             key = unseal(self._key, wrapped, what="key", place=record_id)
-            return key, *unpack_tags(unseal(key, sealed, what="tags", place=record_id))
+            return key, unpack_tags(unseal(key, sealed, what="tags", place=record_id))
         except Unsealable as exc:
-            raise _corrupt(record_id) from exc
+            self.require_same_key()
+            raise corrupt(record_id) from exc
 
-    def _check_ingest(
-        self, images: Sequence[NDArray[np.uint8]], labels: Sequence[int], splits: Sequence[str]
-    ) -> None:
-        if not len(images) == len(labels) == len(splits):
-            raise DataError(
-                "images, labels and splits differ in number",
-                found=f"{len(images)}, {len(labels)}, {len(splits)}",
+    def data_key(self, record_id: str, wrapped: bytes) -> bytes:
+        """Unwrap a record's data key; raise :class:`RecordError` when it does not fit."""
+        try:
+            return unseal(self._key, wrapped, what="key", place=record_id)
+        except Unsealable as exc:
+            self.require_same_key()
+            raise corrupt(record_id) from exc
+
+    def _opened_record(self, record_id: str, row: Any) -> PlainRecord:
+        key, tags = self.open_tags(record_id, row.wrapped_key, row.sealed_tags)
+        try:
+            image = unpack_image(unseal(key, row.sealed_image or b"", what="image", place=record_id))
+        except Unsealable as exc:
+            raise corrupt(record_id) from exc
+        return PlainRecord(record_id, image, tags)
+
+    # --- away ----------------------------------------------------------------------------------------
+
+    def delete(self, record_ids: Sequence[str]) -> int:
+        """Destroy records: data keys, tags, pixels and cached releases, overwritten in the file.
+
+        Releases that held one of them are no longer served; the owner releases again. Backups, copies that
+        left before, and what the file system or the disk keeps of overwritten blocks are out of reach.
+
+        Parameters
+        ----------
+        record_ids
+            Unknown ones are passed over.
+
+        Returns
+        -------
+        int
+            How many there were.
+
+        Raises
+        ------
+        DatabaseError
+            The database refused, or a reader kept the write-ahead log from being cut: the records are gone
+            from the database, but sealed traces may be left in the log; try again (:meth:`erase_traces`).
+        """
+        found = 0
+        for start in range(0, len(record_ids), _CHUNK):
+            with self.write() as connection:
+                found += self._delete_chunk(connection, record_ids[start : start + _CHUNK])
+        self.erase_traces()
+        return found
+
+    def erase_traces(self) -> None:
+        """Cut the write-ahead log (SQLite) or rewrite the table of keys (PostgreSQL) after a deletion."""
+        self.database.vacuum_keys()
+        if not self.database.truncate_log():
+            raise DatabaseError(
+                "a reader kept the database's log from being cut: sealed traces of deleted rows may be left",
+                remedy="Repeat the deletion, or stop the readers first",
             )
-        for i, (label, split) in enumerate(zip(labels, splits, strict=True)):
-            if not 0 <= label < len(self.classes):
-                raise DataError(
-                    f"label of image {i} is out of range", expected=f"0..{len(self.classes) - 1}", found=label
-                )
-            if split not in SPLITS:
-                raise DataError(
-                    f"split of image {i} is unknown", expected="one of " + ", ".join(SPLITS), found=split
-                )
 
-
-def _checked_image(image: NDArray[np.uint8], position: int) -> NDArray[np.uint8]:
-    if image.dtype != np.uint8 or image.ndim != 2 or 0 in image.shape:
-        raise ImageFormatError(
-            f"image {position} is not of a supported shape and dtype",
-            expected="(H, W), uint8, not empty",
-            found=f"{image.shape}, {image.dtype}",
+    def _delete_chunk(self, connection: Connection, record_ids: Sequence[str]) -> int:
+        chosen = select(schema.records.c.seq).where(schema.records.c.record_id.in_(record_ids))
+        seqs = list(connection.execute(chosen).scalars())
+        if not seqs:
+            return 0
+        released = schema.released.c
+        parts = (
+            select(released.dataset_id, released.epoch, func.min(released.position))
+            .where(released.seq.in_(seqs))
+            .group_by(released.dataset_id, released.epoch)
         )
-    return image
+        for number, epoch, first in connection.execute(parts).all():
+            columns = schema.snapshots.c
+            connection.execute(
+                update(schema.snapshots)
+                .where(columns.dataset_id == number, columns.epoch == epoch, columns.last >= first)
+                .values(stale=True)
+            )
+        for table in (schema.released, schema.images, schema.records):
+            connection.execute(delete(table).where(table.c.seq.in_(seqs)))
+        return len(seqs)
 
 
-def _check_key(owner_key: bytes) -> None:
-    if len(owner_key) != KEY_BYTES:
-        raise DatabaseError(
-            "the owner key has a wrong length", expected=f"{KEY_BYTES} bytes", found=f"{len(owner_key)} bytes"
-        )
-
-
-def _corrupt(record_id: str) -> RecordError:
-    return RecordError(
-        f"record {record_id} of the private database is corrupt",
-        remedy="Restore it from a backup or ingest the image again; other records are not affected",
+def _whole_rows() -> Any:
+    records, images = schema.records, schema.images
+    return select(records.c.wrapped_key, records.c.sealed_tags, images.c.sealed_image).join_from(
+        records, images, images.c.seq == records.c.seq, isouter=True
     )
 
 
-def _engine(path: Path) -> Engine:
-    # hide_parameters: an SQL error must not carry row contents into a log.
-    engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
-    event.listen(engine, "connect", _set_pragmas)
-    return engine
-
-
-def _set_pragmas(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SQLAlchemyError as exc:
-        raise DatabaseError(
-            f"the private database cannot be used: {path} ({type(exc).__name__})",
-            remedy="Check that it is a private database of this release, undamaged and writable",
-        ) from exc
+def _whole_row(record_id: str) -> Any:
+    return _whole_rows().where(schema.records.c.record_id == record_id)

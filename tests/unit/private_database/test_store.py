@@ -34,8 +34,8 @@ def test_round_trip_after_reopening(database):
     ids = database.ingest(pictures, [0, 1, 1, 0, 1], ["train", "train", "test", "test", "train"])
     database.close()
     with OwnerDatabase(database.path, KEY) as again:
-        assert again.dataset == "cells"
-        assert again.classes == ("good", "bad")
+        assert again.dataset().name == "cells"
+        assert again.dataset().classes == ("good", "bad")
         assert (again.count(), again.count("train"), again.count("test")) == (5, 3, 2)
         for picture, record_id, label in zip(pictures, ids, [0, 1, 1, 0, 1], strict=True):
             record = again.get(record_id)
@@ -111,13 +111,17 @@ def test_not_a_database(tmp_path):
         OwnerDatabase.create(path, KEY, dataset="x", classes=("a",))
 
 
-@pytest.mark.parametrize("column", ["wrapped_key", "sealed_tags", "sealed_image"])
-def test_a_corrupt_record_is_named_and_costs_no_other(database, column):
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("records", "wrapped_key"), ("records", "sealed_tags"), ("images", "sealed_image")],
+)
+def test_a_corrupt_record_is_named_and_costs_no_other(database, table, column):
     ids = database.ingest(images(4), [0, 1, 0, 1], ["train"] * 4)
     with sqlite3.connect(database.path) as raw:
-        (blob,) = raw.execute(f"SELECT {column} FROM records WHERE record_id=?", (ids[2],)).fetchone()
+        (seq,) = raw.execute("SELECT seq FROM records WHERE record_id=?", (ids[2],)).fetchone()
+        (blob,) = raw.execute(f"SELECT {column} FROM {table} WHERE seq=?", (seq,)).fetchone()
         altered = blob[:20] + bytes([blob[20] ^ 1]) + blob[21:]
-        raw.execute(f"UPDATE records SET {column}=? WHERE record_id=?", (altered, ids[2]))
+        raw.execute(f"UPDATE {table} SET {column}=? WHERE seq=?", (altered, seq))
     with pytest.raises(RecordError, match=ids[2]):
         database.get(ids[2])
     with pytest.raises(RecordError, match=ids[2]):
@@ -132,12 +136,9 @@ def test_blobs_cannot_be_moved_between_records(database):
     ids = database.ingest(images(2), [0, 1], ["train"] * 2)
     with sqlite3.connect(database.path) as raw:
         row = raw.execute(
-            "SELECT wrapped_key, sealed_tags, sealed_image FROM records WHERE record_id=?", (ids[0],)
+            "SELECT wrapped_key, sealed_tags FROM records WHERE record_id=?", (ids[0],)
         ).fetchone()
-        raw.execute(
-            "UPDATE records SET wrapped_key=?, sealed_tags=?, sealed_image=? WHERE record_id=?",
-            (*row, ids[1]),
-        )
+        raw.execute("UPDATE records SET wrapped_key=?, sealed_tags=? WHERE record_id=?", (*row, ids[1]))
     with pytest.raises(RecordError, match=ids[1]):
         database.get(ids[1])
 
@@ -145,7 +146,7 @@ def test_blobs_cannot_be_moved_between_records(database):
 def test_truncated_blob_is_a_record_error(database):
     (record_id,) = database.ingest(images(1), [0], ["train"])
     with sqlite3.connect(database.path) as raw:
-        raw.execute("UPDATE records SET sealed_image = x'00'")
+        raw.execute("UPDATE images SET sealed_image = x'00'")
     with pytest.raises(RecordError, match=record_id):
         database.get(record_id)
 
