@@ -166,14 +166,30 @@ class FederationConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Processes and hardware. ``idle_timeout`` 0 waits for ever; ``threads`` null lets torch choose."""
+    """Processes and hardware. ``idle_timeout`` 0 waits for ever; ``threads`` null lets torch choose.
+
+    ``tls`` of the sites' port: ``auto`` is on unless the address is loopback; ``off`` works on loopback only.
+    """
 
     name: str = "process"
     address: str = "127.0.0.1:9092"
+    tls: str = "auto"
     wait: bool = False
     idle_timeout: float = 3600.0
     device: str = "auto"
     threads: int | None = None
+
+
+@dataclass
+class ProvisionConfig:
+    """What ``scripts.provision`` does: ``create``, ``add``, ``revoke``, ``rotate`` or ``show``.
+
+    ``hosts`` are further names and addresses of the cloud, for its certificate; null keeps those it has.
+    """
+
+    hosts: list[str] | None = None
+    certificate_days: int = 365
+    authority_days: int = 3650
 
 
 @dataclass
@@ -193,7 +209,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    provision: ProvisionConfig = field(default_factory=ProvisionConfig)
     allow_targets: list[str] = field(default_factory=list)
+    action: str = ""
     sites: list[str] = field(default_factory=list)
     kits: str = "kits"
     kit: str = ""
@@ -271,6 +289,7 @@ def check(config: Config) -> None:
     _one_of("federation.optimizer", config.federation.optimizer, list(OPTIMISERS))
     _one_of("train.optimizer", config.train.optimizer, ("sgd", "adam", "adamw"))
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
+    _one_of("runtime.tls", config.runtime.tls, ("auto", "on", "off"))
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
     _check_images(config)
     _check_training(config)
@@ -375,6 +394,13 @@ def _check_training(config: Config) -> None:
         f"runtime.threads={config.runtime.threads} is not positive",
         "Set runtime.threads to 1 or more, or to null",
     )
+    for name, days in (
+        ("certificate_days", config.provision.certificate_days),
+        ("authority_days", config.provision.authority_days),
+    ):
+        _require(
+            0 < days <= 36500, f"provision.{name}={days} is out of range", f"Set provision.{name} to 1..36500"
+        )
     _require(
         config.runtime.idle_timeout >= 0,
         f"runtime.idle_timeout={config.runtime.idle_timeout} is negative",

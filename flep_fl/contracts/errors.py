@@ -74,6 +74,42 @@ class KitError(FlepError):
     code = "kit"
 
 
+class KitMismatchError(KitError):
+    """A file of a startup kit is not the one that its dealer signed for."""
+
+    code = "kit_mismatch"
+
+
+class KitPermissionError(KitError):
+    """A secret file of a startup kit can be read by others."""
+
+    code = "kit_permission"
+
+
+class KitOutdatedError(KitError):
+    """A startup kit is older than one that this party has already used."""
+
+    code = "kit_outdated"
+
+
+class KitDealerError(KitError):
+    """A startup kit is signed by another dealer than the one that this party knows."""
+
+    code = "kit_dealer"
+
+
+class ProvisionInterruptedError(KitError):
+    """Provisioning was interrupted: some kits are new and some are old."""
+
+    code = "provision_interrupted"
+
+
+class CertificateError(KitError):
+    """A TLS certificate of a startup kit is not valid now."""
+
+    code = "certificate"
+
+
 # --- images, records, archives -------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
         key_id=federation.key_id if encrypted else "open",
         profile=get_profile(config.ckks.profile).digest,
         mode="ckks" if encrypted else "open",
-        shared=federation.shared,
+        shared=federation.agreement,
         digest=federation.digest,
         site_keys=federation.site_keys(),
         rounds=config.federation.rounds,

@@ -45,7 +45,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     encrypted = config.cloud.trust != "open"
     cipher: ModelCipher = PlainModelCipher("open")
     if encrypted:
-        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key), profile)
+        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), profile)
         if cipher.key_id != federation.key_id:
             raise KitError(
                 f"The model key in {kit.folder} is not the federation's",
@@ -58,7 +58,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         site=kit.name,
         federation=federation.federation,
         config=federation.digest,
-        shared=federation.shared,
+        shared=federation.agreement,
         mode="ckks" if encrypted else "open",
         profile=profile,
         bound=config.ckks.bound,

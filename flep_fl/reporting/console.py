@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from flep_fl.contracts.records import RoundRecord
 
@@ -96,19 +96,42 @@ def round_row(record: RoundRecord) -> list[str]:
 
 def print_table(rounds: Sequence[RoundRecord], *, title: str) -> None:
     """Print the closing table: rich on a terminal, aligned plain text elsewhere."""
-    rows = [round_row(record) for record in rounds]
+    print_rows(title, COLUMNS, [round_row(record) for record in rounds], justify="right")
+
+
+def print_rows(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    justify: Literal["left", "right"] = "left",
+) -> None:
+    """Print a table: rich on a terminal, aligned plain text elsewhere.
+
+    Parameters
+    ----------
+    title
+        A line above the table.
+    columns
+        Their headings.
+    rows
+        As many cells each as there are columns.
+    justify
+        Where a cell's text stands.
+    """
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title)
-        for column in COLUMNS:
-            table.add_column(column, justify="right")
+        for column in columns:
+            table.add_column(column, justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
         return
-    widths = [max(len(line[i]) for line in (list(COLUMNS), *rows)) for i in range(len(COLUMNS))]
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    place = str.rjust if justify == "right" else str.ljust
     say(title)
-    for line in (list(COLUMNS), *rows):
-        say("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for line in (columns, *rows):
+        say("  ".join(place(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from parties import Parties, descendants, found_in, make_parties, run_script, snapshot
 
 from flep_fl.data_security.keys import ImageKeyBundle
 from flep_fl.model_security import _seal_blob
 from flep_fl.model_security.keyring import ModelKey
+from flep_fl.provision.kits import load_site_kit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
 
@@ -43,13 +45,14 @@ def secrets_of(parties: Parties) -> dict[str, list[bytes]]:
     """Return pieces of every key that the cloud must never have, by kind."""
     kits = [parties.folder / "kits" / name for name in parties.names]
     # The key as it lies in the file (compressed), and as a CKKS library holds it (64-bit coefficients).
-    packed = ModelKey.from_bytes((kits[0] / "model.key").read_bytes()).parts.secret_key
+    site = load_site_kit(kits[0])
+    packed = ModelKey.from_bytes(site.model_key or b"").parts.secret_key
     owner = parties.folder / "archive" / "owner"
     bundle = ImageKeyBundle.from_bytes((owner / "bundle.key").read_bytes())
     found = {
         "model key, packed": windows(packed[200:]),
         "model key": windows(_seal_blob._zstd(packed[16:], 1 << 20)[200:]),
-        "check key": windows((kits[0] / "check.key").read_bytes()),
+        "check key": windows(site.check_key),
         "image master key": windows(bundle.master_key),
         "secret image": windows(bundle.secret_images[0].tobytes()),
         "noise key": windows((owner / "noise.key").read_bytes()),
@@ -58,6 +61,10 @@ def secrets_of(parties: Parties) -> dict[str, list[bytes]]:
     for kit in kits:
         for key in ("signing.key", "decryption.key"):
             found[f"{kit.name}/{key}"] = windows((kit / key).read_bytes())
+        # The scalar as it is, and where it stands in the file (before it stands the public half).
+        node = (kit / "node.key").read_bytes()
+        scalar = load_ssh_private_key(node, None).private_numbers().private_value
+        found[f"{kit.name}/node.key"] = [*windows(scalar.to_bytes(48, "big")), *windows(node[-160:-40])]
     return found
 
 
@@ -100,7 +107,7 @@ def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
         assert path.suffix not in {".npz", ".pt", ".safetensors"}
         if path.is_file():
             assert not found_in([path.read_bytes()], every), f"{path} holds a piece of a key"
-    kit_of_cloud = [p.read_bytes() for p in (parties.folder / "kits" / "cloud").iterdir()]
+    kit_of_cloud = [p.read_bytes() for p in (parties.folder / "kits" / "cloud").rglob("*") if p.is_file()]
     assert not found_in(kit_of_cloud, every)
 
 
@@ -235,7 +242,7 @@ def parties_once(tmp_path_factory: pytest.TempPathFactory) -> Parties:
 
 def test_a_trusted_configuration_with_an_untrusted_kit_that_was_given_a_key(parties_once: Parties) -> None:
     planted = parties_once.folder / "kits" / "cloud" / "model.key"
-    planted.write_bytes((parties_once.folder / "kits" / "a" / "model.key").read_bytes())
+    planted.write_bytes(load_site_kit(parties_once.folder / "kits" / "a").model_key or b"")
     try:
         done = run_script("server", f"kit={parties_once.folder / 'kits' / 'cloud'}")
         assert done.returncode == 1
