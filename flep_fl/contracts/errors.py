@@ -444,6 +444,57 @@ class IdleTimeoutError(FlepError):
     code = "idle_timeout"
 
 
+# --- the owner's devices, gateway and network --------------------------------------------------------
+
+
+class DeviceError(FlepError):
+    """A device's folder, key or state on the device itself is missing, damaged or in use."""
+
+    code = "device"
+
+
+class CaptureError(DataError):
+    """A capture's description is not in the format of this release."""
+
+    code = "capture"
+
+
+class EnrolmentError(FlepError):
+    """An approval does not count: unknown administrator, wrong signature, expired, or out of turn."""
+
+    code = "enrolment"
+
+
+class AuditError(FlepError):
+    """The audit log, or the heads that sign it, do not fit together."""
+
+    code = "audit"
+
+
+class NetworkRuleError(ConfigError):
+    """The network rules are not valid, or do not fit the gateway's listeners."""
+
+    code = "network_rules"
+
+
+class CertificateError(FlepError):
+    """A certificate or its key is missing, damaged, or cannot be issued as asked."""
+
+    code = "certificate"
+
+
+class GatewayError(FlepError):
+    """The gateway cannot be reached, or answered with a refusal that trying again will not change."""
+
+    code = "gateway"
+
+
+class OwnerHomeError(FlepError):
+    """The owner's folder is missing, incomplete, or already in use by another process."""
+
+    code = "owner_home"
+
+
 PUBLIC_CODES: frozenset[str] = frozenset(
     cls.code
     for cls in (
