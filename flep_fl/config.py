@@ -21,7 +21,13 @@ from flep_fl.contracts.differences import differences
 from flep_fl.contracts.errors import ConfigError, ConfigMismatchError
 from flep_fl.contracts.targets import is_allowed
 from flep_fl.model_security.optimiser_settings import DEFAULT_LR, OPTIMISERS, OptimiserSettings
-from flep_fl.model_security.profiles import check_federation, get_profile
+from flep_fl.model_security.profiles import (
+    ENCRYPTIONS,
+    Profile,
+    check_federation,
+    describe_federation,
+    get_profile,
+)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 """Where the YAML groups live."""
@@ -95,11 +101,21 @@ class RestoreConfig:
 
 @dataclass
 class CkksConfig:
-    """Homomorphic encryption of model updates."""
+    """Homomorphic encryption of model updates.
 
+    ``profile``: ``default``, ``compact`` or ``classic``. ``encryption``: ``symmetric``, or ``public`` as in
+    the paper, where the sites in ``contribute_only`` hold the public key and can decrypt nothing. ``bound``
+    and ``max_examples`` null: those of the profile. ``out_of_range``: what a site does with a weight beyond
+    the bound, ``refuse`` or ``clip``. ``scheme``: ``ckks``, or a class of your own (see ``allow_targets``).
+    """
+
+    scheme: str = "ckks"
     profile: str = "default"
-    bound: float = 64.0
-    max_examples: int = 16384
+    encryption: str = "symmetric"
+    contribute_only: list[str] = field(default_factory=list)
+    bound: float | None = None
+    max_examples: int | None = None
+    out_of_range: str = "refuse"
 
 
 @dataclass
@@ -293,6 +309,7 @@ def check(config: Config) -> None:
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
     _check_images(config)
     _check_training(config)
+    _check_ckks(config)
     _check_federation(config)
 
 
@@ -458,10 +475,70 @@ def _check_federation(config: Config) -> None:
     )
     federated_optimiser(config)
     check_federation(
-        get_profile(config.ckks.profile),
+        ckks_profile(config),
         sites=federation.sites,
-        bound=config.ckks.bound,
-        max_examples=config.ckks.max_examples,
+        bound=ckks_bound(config),
+        max_examples=ckks_max_examples(config),
+    )
+
+
+def _check_ckks(config: Config) -> None:
+    ckks = config.ckks
+    _one_of("ckks.scheme", ckks.scheme, ("ckks",), config.allow_targets)
+    _one_of("ckks.encryption", ckks.encryption, ENCRYPTIONS)
+    _one_of("ckks.out_of_range", ckks.out_of_range, ("refuse", "clip"))
+    alone = ckks.contribute_only
+    _require(
+        not alone or ckks.encryption == "public",
+        f"ckks.contribute_only={alone} needs a public key",
+        "Set ckks.encryption=public, or ckks.contribute_only=[]",
+    )
+    _require(
+        not alone or (ckks.scheme == "ckks" and config.cloud.trust != "open"),
+        f"ckks.contribute_only={alone} fits ckks.scheme=ckks and an encrypted federation only",
+        "Set ckks.contribute_only=[]",
+    )
+    unknown = sorted(set(alone) - set(config.sites)) if config.sites else []
+    _require(
+        not unknown and len(set(alone)) == len(alone),
+        f"ckks.contribute_only={alone} names a site twice or one that is not in sites",
+        "Name sites of the federation, each once",
+    )
+    _require(
+        len(alone) < config.federation.sites,
+        "ckks.contribute_only names every site: nobody could open the model",
+        "Leave at least one site that holds the model key",
+    )
+
+
+def ckks_profile(config: Config) -> Profile:
+    """Return the profile in use, its encryption included; :class:`ConfigError` if there is none."""
+    return get_profile(config.ckks.profile, config.ckks.encryption)
+
+
+def ckks_bound(config: Config) -> float:
+    """Return ``ckks.bound``, or the profile's where it is not set."""
+    bound = config.ckks.bound
+    return ckks_profile(config).default_bound if bound is None else bound
+
+
+def ckks_max_examples(config: Config) -> int:
+    """Return ``ckks.max_examples``, or the profile's where it is not set."""
+    largest = config.ckks.max_examples
+    return ckks_profile(config).default_max_examples if largest is None else largest
+
+
+def ckks_line(config: Config) -> str:
+    """Say in one line what protects the updates: for the start of a server, a client or a simulation."""
+    if config.cloud.trust == "open":
+        return "cloud=open: updates are not encrypted"
+    if config.ckks.scheme != "ckks":
+        return f"updates are encrypted by {config.ckks.scheme}"
+    return describe_federation(
+        ckks_profile(config),
+        sites=config.federation.sites,
+        bound=ckks_bound(config),
+        max_examples=ckks_max_examples(config),
     )
 
 

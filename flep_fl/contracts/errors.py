@@ -317,6 +317,12 @@ class ModelKeyError(FlepError):
     code = "model_key"
 
 
+class ContributeOnlyError(FlepError):
+    """A site that holds the public key alone was asked to open something."""
+
+    code = "contribute_only"
+
+
 class CiphertextError(FlepError):
     """A ciphertext does not have the exact structure that the profile prescribes."""
 

@@ -15,14 +15,14 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
-from flep_fl.config import Config, effective_quorum, participants
+from flep_fl.config import Config, ckks_profile, effective_quorum, participants
 from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.records import RoundRecord
 from flep_fl.flower.models import write_model
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.model_security.adder import KeylessAdder, PlainAdder
 from flep_fl.model_security.layout import Arrays, ModelLayout
-from flep_fl.model_security.profiles import get_profile, vector_length
+from flep_fl.model_security.profiles import vector_length
 from flep_fl.provision.kits import CloudKit
 from flep_fl.reporting.results import write_rounds
 
@@ -68,7 +68,7 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
     return Terms(
         federation=federation.federation,
         key_id=federation.key_id if encrypted else "open",
-        profile=get_profile(config.ckks.profile).digest,
+        profile=ckks_profile(config).digest,
         mode="ckks" if encrypted else "open",
         shared=federation.agreement,
         digest=federation.digest,
@@ -82,7 +82,7 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
 
 def adder_factory(kit: CloudKit, config: Config) -> Callable[[int], Adder]:
     """Return what makes a fresh adder for sums over a model of a given number of weights."""
-    profile, encrypted = get_profile(config.ckks.profile), config.cloud.trust != "open"
+    profile, encrypted = ckks_profile(config), config.cloud.trust != "open"
 
     def make_adder(parameters: int) -> Adder:
         length = vector_length(parameters, checked=encrypted)
@@ -123,7 +123,7 @@ def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout]
         from flep_fl.model_security.cipher import CkksModelCipher
         from flep_fl.model_security.keyring import ModelKey
 
-        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), get_profile(config.ckks.profile))
+        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), ckks_profile(config))
 
         def open_sum(payload: bytes, layout: ModelLayout) -> NDArray[np.float64]:
             values = cipher.decrypt(payload, vector_length(layout.size, checked=True))

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flep_fl.config import ckks_line
 from flep_fl.contracts.errors import IdleTimeoutError
 from flep_fl.entry import kit_config, output_dir, require
 from flep_fl.provision.kits import CLOUD, load_cloud_kit, load_site_kit
@@ -34,6 +35,7 @@ def run_server(cfg: DictConfig) -> None:
     out = output_dir()
     progress = Progress(CLOUD)
     warn_few_contributors(config.federation.min_contributors, progress)
+    progress(ckks_line(config))
     strategy = cloud_strategy(kit, config, out / CLOUD, on_event=progress)
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
@@ -79,6 +81,7 @@ def run_client(cfg: DictConfig) -> None:
     out = output_dir()
     progress = Progress(kit.name)
     warn_few_contributors(config.federation.min_contributors, progress)
+    progress(ckks_line(config))
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         with interruptible():

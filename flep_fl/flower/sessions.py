@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flep_fl.config import Config
+from flep_fl.config import Config, ckks_bound, ckks_max_examples, ckks_profile
 from flep_fl.contracts.errors import KitError
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey
 from flep_fl.model_security.plain import PlainModelCipher
-from flep_fl.model_security.profiles import get_profile
 from flep_fl.model_security.session import AnalystSession, Arrays, Membership
 from flep_fl.provision.kits import SiteKit
 
@@ -41,7 +40,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         When the model key is not the federation's.
     """
     federation = kit.federation
-    profile = get_profile(config.ckks.profile)
+    profile = ckks_profile(config)
     encrypted = config.cloud.trust != "open"
     cipher: ModelCipher = PlainModelCipher("open")
     if encrypted:
@@ -61,12 +60,13 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         shared=federation.agreement,
         mode="ckks" if encrypted else "open",
         profile=profile,
-        bound=config.ckks.bound,
-        max_examples=config.ckks.max_examples,
+        bound=ckks_bound(config),
+        max_examples=ckks_max_examples(config),
         rounds=config.federation.rounds,
         min_contributors=config.federation.min_contributors,
         site_keys=federation.site_keys(),
         cloud_key=federation.cloud_key(),
+        clip=config.ckks.out_of_range == "clip",
     )
 
     def make(initial: Callable[[], Arrays]) -> AnalystSession:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flep_fl.config import Config, shared_part
+from flep_fl.config import Config, ckks_line, shared_part
 from flep_fl.contracts.ports import Entropy
 from flep_fl.data_security.stream import derive_key, keystream
 from flep_fl.entry import output_dir
@@ -53,6 +53,7 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     """
     progress = Progress("simulation")
     warn_few_contributors(config.federation.min_contributors, progress)
+    progress(ckks_line(config))
     names = config.sites or site_names(config.federation.sites)
     with tempfile.TemporaryDirectory(prefix="flep-") as folder, progress.live():
         kits, archives = Path(folder) / "kits", Path(folder) / "archives"

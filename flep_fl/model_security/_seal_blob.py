@@ -25,7 +25,12 @@ _OVERHEAD = 1024  # a compressed body that does not shrink grows by a few bytes 
 
 def wrap(body: bytes, minor: int) -> bytes:
     """Put an uncompressed body into an envelope of SEAL 4.``minor``; SEAL reads its own version only."""
-    return HEADER.pack(MAGIC, HEADER.size, MAJOR, minor, NONE, 0, HEADER.size + len(body)) + body
+    return head(len(body), minor) + body
+
+
+def head(size: int, minor: int) -> bytes:
+    """Return the envelope's header for an uncompressed body of ``size`` bytes."""
+    return HEADER.pack(MAGIC, HEADER.size, MAJOR, minor, NONE, 0, HEADER.size + size)
 
 
 def minor_version(blob: bytes) -> int:

@@ -8,22 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import tenseal as ts
+from tenseal import sealapi
 
 from flep_fl.contracts.errors import CiphertextError, ModelKeyError
 from flep_fl.model_security import plain
 from flep_fl.model_security._context import check_parameters, read_context
-from flep_fl.model_security.ciphertext_format import (
-    assemble_vector,
-    check_ciphertext,
-    ciphertext_of,
-    single_vector,
-)
+from flep_fl.model_security._parameters import seal_parameters
+from flep_fl.model_security._scratch import ScratchFile
+from flep_fl.model_security.ciphertext_format import CheckedPayload, assemble_vector
 from flep_fl.model_security.profiles import Profile
 
 
 class KeylessAdder:
-    """Adds CKKS payloads with plain TenSEAL and a context that holds no key (port ``Adder``).
+    """Adds CKKS payloads with a context that holds no key (port ``Adder``).
+
+    The sum is all that it keeps: a payload is read ciphertext by ciphertext and added in place, so that
+    memory depends neither on how many payloads there are nor, beyond the sum itself, on their size.
 
     Parameters
     ----------
@@ -46,10 +46,11 @@ class KeylessAdder:
                 remedy="Rotate the keys: provision the kits again, and give the cloud its own kit only",
             )
         check_parameters(parts, profile)
-        self._context = ts.context_from(public_context, n_threads=1)
+        self._context = seal_parameters(profile).context
+        self._evaluator: Any = sealapi.Evaluator(self._context)
+        self._file = ScratchFile()
         self._profile = profile
         self._length = length
-        # One TenSEAL vector per ciphertext: a longer one prints a warning about features nobody uses here.
         self._sum: list[Any] = []
         self._count = 0
 
@@ -67,18 +68,22 @@ class KeylessAdder:
             The payload does not have the structure that the profile prescribes.
         """
         profile = self._profile
-        blobs = check_ciphertext(payload, profile, self._length, allow_seeded=profile.seeded)
-        slot_counts = profile.slot_counts(self._length)
+        # The whole payload is checked before the first addition, because additions happen in place.
+        blobs = CheckedPayload(payload, profile, self._length, allow_seeded=profile.seeded_uploads).check()
+        added = 0
         try:
-            vectors = [
-                ts.ckks_vector_from(self._context, single_vector(blob, slots, profile))
-                for blob, slots in zip(blobs, slot_counts, strict=True)
-            ]
-            # Not in place: were one of the additions refused, the others must not have happened.
-            total = [a + b for a, b in zip(self._sum, vectors, strict=True)] if self._sum else vectors
+            if not self._sum:
+                self._sum = [self._load(blob) for blob in blobs]
+            else:
+                for total, blob in zip(self._sum, blobs, strict=True):
+                    self._evaluator.add_inplace(total, self._load(blob))
+                    added += 1
         except (RuntimeError, ValueError) as exc:
-            raise CiphertextError(f"TenSEAL refuses the ciphertext ({exc})") from exc
-        self._sum = total
+            # Nothing that passes the check is known to get here. Should it happen all the same, what was
+            # added is taken back, exactly: these are residues modulo a prime.
+            for total, blob in zip(self._sum[:added], blobs, strict=False):
+                self._evaluator.sub_inplace(total, self._load(blob))
+            raise CiphertextError(f"SEAL refuses the ciphertext ({exc})") from exc
         self._count += 1
 
     def result(self) -> bytes:
@@ -91,8 +96,17 @@ class KeylessAdder:
         """
         if not self._sum:
             raise CiphertextError("There is no sum: no payload was added")
-        blobs = [ciphertext_of(vector.serialize()) for vector in self._sum]
-        return assemble_vector(blobs, self._profile, self._length)
+        return assemble_vector(map(self._saved, self._sum), self._profile, self._length)
+
+    def _load(self, blob: bytes) -> Any:
+        self._file.write(blob)
+        ciphertext = sealapi.Ciphertext()
+        ciphertext.load(self._context, self._file.path)
+        return ciphertext
+
+    def _saved(self, ciphertext: Any) -> bytes:
+        ciphertext.save(self._file.path)
+        return self._file.read()
 
 
 class PlainAdder:

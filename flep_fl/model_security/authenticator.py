@@ -9,8 +9,8 @@ unknown. Projection and tag share one slot on purpose: a keyless cloud can multi
 integer polynomial, which scales chosen slots differently, and so would get round a tag in a slot of its own.
 
 ``r_i`` is uniform with variance ``1 / d`` for the ``d`` values of ``v``, so that a projection has the size of
-the payload's root mean square. All randomness comes from 53-bit integers: exact in float64, and therefore
-the same on every machine.
+the payload's root mean square. All randomness comes from integers that float64 holds exactly (32 bits for a
+projection, 53 for a tag), so that it is the same on every machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ __all__ = [
     "verify_sum",
 ]
 
-_CHUNK = 1 << 15  # payload values per step; 8 projections of them take 2 MiB
+_CHUNK = 1 << 12  # payload values per step; 8 projections of them take 256 KiB and stay in the cache
+_WORD = 4  # bytes of the stream for one component of a projection vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,25 +141,33 @@ def project(check_key: CheckKey, context: ProjectionContext, vector: Float64Vect
     """Project a vector of shape ``(d,)`` on the round's eight vectors; memory does not grow with ``d``."""
     stream = _projection_stream(check_key, context)
     result = np.zeros(CHECK_SLOTS, dtype=np.float64)
+    rows = np.empty((min(vector.size, _CHUNK), CHECK_SLOTS), dtype=np.float64)
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
-        result += part @ _next_rows(stream, part.size)
-    return result * _deviation(vector.size)
+        rows[: part.size] = _next_integers(stream, part.size)
+        # <i + 1/2, v> = <i, v> + sum(v) / 2: one conversion of each integer, and no other work on it
+        result += part @ rows[: part.size] + 0.5 * part.sum()
+    return result * (_deviation(vector.size) * _UNIT)
 
 
 def projection_vectors(check_key: CheckKey, context: ProjectionContext, length: int) -> Float64Vector:
     """Return the vectors themselves, float64, shape ``(length, 8)``; for tests and small lengths."""
-    return _next_rows(_projection_stream(check_key, context), length) * _deviation(length)
+    integers = _next_integers(_projection_stream(check_key, context), length)
+    return (integers.astype(np.float64) + 0.5) * (_deviation(length) * _UNIT)
+
+
+_UNIT = 2.0**-31  # midpoints of 2^32 equal parts of [-1, 1)
 
 
 def _projection_stream(check_key: CheckKey, context: ProjectionContext) -> CipherContext:
-    info = b"flep-fl/check-projection/v1\0" + _canonical.dump(asdict(context))
+    info = b"flep-fl/check-projection/v2\0" + _canonical.dump(asdict(context))
     # The key serves this one stream, so a counter from zero repeats nothing.
     return Cipher(AES(check_key.derive(info, 32)), CTR(bytes(16))).encryptor()
 
 
-def _next_rows(stream: CipherContext, rows: int) -> Float64Vector:
-    return _uniform(stream.update(bytes(8 * CHECK_SLOTS * rows))).reshape(rows, CHECK_SLOTS)
+def _next_integers(stream: CipherContext, rows: int) -> NDArray[np.int32]:
+    data = stream.update(bytes(_WORD * CHECK_SLOTS * rows))
+    return np.frombuffer(data, dtype="<i4").reshape(rows, CHECK_SLOTS)
 
 
 def _deviation(length: int) -> float:

@@ -1,4 +1,7 @@
-"""The structural check: nothing reaches TenSEAL that is not exactly what the profile prescribes.
+"""The structural check: nothing reaches SEAL that is not exactly what the profile prescribes.
+
+Profiles with complex slots have a wire format without any redundancy (``packed_format``). The classic one
+travels as TenSEAL's own message, which is read here.
 
 TenSEAL loads bit-flipped and short messages without complaint, reads out of bounds when the declared
 sizes lie, and crashes on empty ones. So every byte with a meaning is compared here, and what TenSEAL gets is
@@ -6,19 +9,26 @@ a new message made of the checked values: no compressed or redundant part of the
 
 A ciphertext's body (SEAL 4, ``native/src/seal/ciphertext.cpp``): parms_id 32 bytes, u8 NTT form,
 u64 polynomials, u64 N, u64 moduli, f64 scale, u64 correction factor, then the coefficients as a DynArray
-(envelope, u64 count, u64 values); a seeded one has half of them and then the generator (envelope, u8 type,
-64-byte seed).
+(envelope, u64 count, u64 values).
 """
 
 from __future__ import annotations
 
+import io
 import struct
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from flep_fl.contracts.errors import CiphertextError
 from flep_fl.model_security import _protobuf, _seal_blob
 from flep_fl.model_security._parameters import SealParameters, seal_parameters
+from flep_fl.model_security.packed_format import (
+    PackedPayload,
+    ciphertext_bytes,
+    head,
+    pack_ciphertext,
+)
 from flep_fl.model_security.profiles import Profile
 
 _SIZES, _CIPHERTEXTS, _SCALE = 1, 2, 3  # fields of TenSEAL's CKKSVectorProto
@@ -27,48 +37,108 @@ _PREFIX = struct.Struct("<32sBQQQdQ")
 _COUNT = struct.Struct("<Q")
 _ARRAY = _seal_blob.HEADER.size + _COUNT.size  # what precedes the values of a DynArray
 _DATA = _PREFIX.size + _ARRAY
-_SEED_BYTES = 64
-_GENERATOR = _seal_blob.HEADER.size + 1 + _SEED_BYTES
-_BLAKE2XB, _SHAKE256 = 1, 2
 
 
-def check_ciphertext(payload: bytes, profile: Profile, length: int, *, allow_seeded: bool) -> list[bytes]:
-    """Check a serialised CKKS vector and return its ciphertexts, each rebuilt from the checked values.
+class CheckedPayload:
+    """The ciphertexts of a payload, each rebuilt from checked values as it is read.
 
     Parameters
     ----------
     payload
-        TenSEAL's ``CKKSVectorProto`` as it came over the wire.
+        What came over the wire.
     profile, length
         What it must hold: ``length`` real values, packed as the profile says.
     allow_seeded
         Whether the half-size form of a fresh upload is acceptable (a sum never has it).
 
-    Returns
-    -------
-    list of bytes
-        One uncompressed SEAL ciphertext each, in order.
-
     Raises
     ------
     CiphertextError
-        Anything differs from what the profile prescribes.
+        The payload's size or form is wrong; while reading, a ciphertext of it.
     """
-    expected = profile.slot_counts(length)
-    try:
-        blobs = _read_vector(payload, profile, expected)
-        parameters = seal_parameters(profile)
-        return [_rebuild(blob, profile, parameters, allow_seeded) for blob in blobs]
-    except ValueError as exc:
-        raise CiphertextError(
-            f"The ciphertext is not one of profile {profile.name!r} with {length} values: {exc}",
-            remedy="Use the same ckks.profile, model and release at every site",
-        ) from None
+
+    def __init__(self, payload: bytes, profile: Profile, length: int, *, allow_seeded: bool) -> None:
+        self._profile, self._length = profile, length
+        self._source: PackedPayload | _TensealMessage
+        try:
+            if profile.packed:
+                count = profile.ciphertexts(length)
+                self._source = PackedPayload(payload, profile, count, allow_seeded=allow_seeded)
+            else:
+                self._source = _TensealMessage(payload, profile, length)
+        except ValueError as exc:
+            raise self._refused(exc) from None
+
+    def check(self) -> CheckedPayload:
+        """Look at every ciphertext; returns itself.
+
+        Raises
+        ------
+        CiphertextError
+            Anything differs from what the profile prescribes.
+        """
+        try:
+            self._source.check()
+        except ValueError as exc:
+            raise self._refused(exc) from None
+        return self
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the ciphertexts, in order, as uncompressed SEAL ciphertexts."""
+        try:
+            yield from self._source
+        except ValueError as exc:
+            raise self._refused(exc) from None
+
+    def _refused(self, exc: ValueError) -> CiphertextError:
+        return CiphertextError(
+            f"The ciphertext is not one of profile {self._profile.name!r} with {self._length} values: {exc}",
+            remedy="Use the same ckks.profile, ckks.encryption, model and release at every site",
+        )
 
 
-def assemble_vector(ciphertexts: list[bytes], profile: Profile, length: int) -> bytes:
-    """Join SEAL ciphertexts into the message that TenSEAL's ``ckks_vector_from`` reads."""
-    return _message(ciphertexts, profile.slot_counts(length), profile.scale)
+class _TensealMessage:
+    """TenSEAL's ``CKKSVectorProto``; the ciphertexts inside may be compressed."""
+
+    def __init__(self, payload: bytes, profile: Profile, length: int) -> None:
+        self._profile = profile
+        self._blobs = _read_vector(payload, profile, profile.slot_counts(length))
+
+    def check(self) -> None:
+        """Replace every ciphertext by what was checked, so that none is decompressed twice."""
+        self._blobs = list(self)
+
+    def __len__(self) -> int:
+        return len(self._blobs)
+
+    def __iter__(self) -> Iterator[bytes]:
+        parameters = seal_parameters(self._profile)
+        for blob in self._blobs:
+            yield _rebuild(blob, self._profile, parameters)
+
+
+def assemble_vector(ciphertexts: Iterable[bytes], profile: Profile, length: int) -> bytes:
+    """Write the payload of ciphertexts that this process's SEAL has made, one by one.
+
+    Raises
+    ------
+    ValueError
+        Seeded and full ciphertexts are mixed.
+    """
+    if not profile.packed:
+        return _message(list(ciphertexts), profile.slot_counts(length), profile.scale)
+    out, sizes = io.BytesIO(), set()
+    out.write(head(seeded=False))
+    for blob in ciphertexts:
+        sizes.add(out.write(pack_ciphertext(blob, profile)))
+    (size,) = sizes
+    if size == ciphertext_bytes(profile, seeded=True):
+        out.seek(0)
+        out.write(head(seeded=True))
+    return out.getvalue()
 
 
 def single_vector(ciphertext: bytes, slots: int, profile: Profile) -> bytes:
@@ -116,39 +186,26 @@ def _read_vector(payload: bytes, profile: Profile, expected: list[int]) -> list[
     return blobs
 
 
-def _rebuild(blob: bytes, profile: Profile, parameters: SealParameters, allow_seeded: bool) -> bytes:
+def _rebuild(blob: bytes, profile: Profile, parameters: SealParameters) -> bytes:
     """Check one SEAL ciphertext; returns an uncompressed one with the same coefficients."""
-    values = profile.poly_modulus_degree * len(parameters.primes)  # of one polynomial
-    full_size = _DATA + 2 * 8 * values
-    seeded_size = _DATA + 8 * values + _GENERATOR
-    body = _seal_blob.unwrap(blob, (full_size, seeded_size) if allow_seeded else (full_size,))
-    seeded = len(body) == seeded_size
-
+    count = 2 * profile.poly_modulus_degree * len(parameters.primes)
+    body = _seal_blob.unwrap(blob, (_DATA + 8 * count,))
     prefix = _PREFIX.pack(
         parameters.parms_id, 1, 2, profile.poly_modulus_degree, len(parameters.primes), profile.scale, 1
     )
     if body[: _PREFIX.size] != prefix:
         raise ValueError("its parameters, size or inner scale are not the profile's")
-    data = _sub_body(body[_PREFIX.size :], _ARRAY - _seal_blob.HEADER.size + 8 * values * (2 - seeded))
-    count = values * (2 - seeded)
+    data = _sub_body(body[_PREFIX.size :], _ARRAY - _seal_blob.HEADER.size + 8 * count)
     if _COUNT.unpack_from(data)[0] != count:
         raise ValueError("its number of coefficients is wrong")
-    coefficients = np.frombuffer(data, dtype="<u8", offset=_COUNT.size).reshape(
-        2 - seeded, len(parameters.primes), -1
-    )
+    coefficients = np.frombuffer(data, dtype="<u8", offset=_COUNT.size).reshape(2, len(parameters.primes), -1)
     primes = np.array(parameters.primes, dtype=np.uint64)[None, :, None]
     if not (coefficients < primes).all():
         raise ValueError("a coefficient is not reduced")
-    if not seeded and not coefficients[1].any():
+    if not coefficients[1].any():
         raise ValueError("it is not encrypted (its second polynomial is zero)")
     minor = parameters.minor_version
-    parts = [prefix, _seal_blob.wrap(data, minor)]
-    if seeded:
-        generator = _sub_body(body[-_GENERATOR:], 1 + _SEED_BYTES)
-        if generator[0] not in (_BLAKE2XB, _SHAKE256):
-            raise ValueError("its random generator is unknown")
-        parts.append(_seal_blob.wrap(generator, minor))
-    return _seal_blob.wrap(b"".join(parts), minor)
+    return _seal_blob.wrap(prefix + _seal_blob.wrap(data, minor), minor)
 
 
 def _sub_body(data: bytes, size: int) -> bytes:

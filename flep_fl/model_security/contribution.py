@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import math
+
 import numpy as np
 
 from flep_fl.contracts.errors import WeightRangeError
 from flep_fl.contracts.ports import Float64Vector
 
+_LOG = logging.getLogger(__name__)
 
-def weighted_vector(flat: Float64Vector, examples: int, max_examples: int, bound: float) -> Float64Vector:
+
+def weighted_vector(
+    flat: Float64Vector, examples: int, max_examples: int, bound: float, *, clip: bool = False
+) -> Float64Vector:
     """Form ``[c w..., c]`` with ``c = examples / max_examples``.
 
     Parameters
@@ -21,6 +28,9 @@ def weighted_vector(flat: Float64Vector, examples: int, max_examples: int, bound
         The federation's cap (``ckks.max_examples``).
     bound
         Largest magnitude of ``c w`` that may be sent (``ckks.bound``).
+    clip
+        Whether values beyond the bound are clipped to it rather than refused (``ckks.out_of_range``). What is
+        not finite is refused all the same: it has no nearest value.
 
     Returns
     -------
@@ -40,17 +50,24 @@ def weighted_vector(flat: Float64Vector, examples: int, max_examples: int, bound
         )
     share = examples / max_examples
     vector = np.empty(flat.size + 1, dtype=np.float64)
-    vector[:-1] = flat * share
+    weights = np.multiply(flat, share, out=vector[:-1])
     vector[-1] = share
-    if not np.isfinite(vector).all():
+    largest = max(
+        float(weights.max(initial=0.0)), -float(weights.min(initial=0.0))
+    )  # NaN, where there is one
+    if not math.isfinite(largest):
         raise WeightRangeError("A weight is not finite", remedy="Lower train.lr or look at the training data")
-    largest = float(np.abs(vector[:-1]).max(initial=0.0))
-    if largest > bound:
+    if largest > bound and clip:
+        count = np.count_nonzero(np.abs(weights) > bound)  # of the weights themselves, nothing is logged
+        _LOG.warning("%d weights times this site's share exceeded ckks.bound and were clipped", count)
+        np.clip(weights, -bound, bound, out=weights)
+    elif largest > bound:
         raise WeightRangeError(
             "A weight times this site's share exceeds ckks.bound",
             expected=f"at most {bound:g}",
             found=f"{largest:g}",
-            remedy="Raise ckks.bound in the federation's configuration, or lower train.lr",
+            remedy="Raise ckks.bound in the federation's configuration, lower train.lr, or set "
+            "ckks.out_of_range=clip",
         )
     return vector
 

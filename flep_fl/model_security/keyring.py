@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from typing import Final
+from typing import Any, Final
 
 import tenseal as ts
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from tenseal import sealapi
 
 from flep_fl.contracts.errors import ModelKeyError
 from flep_fl.model_security._context import ContextParts, check_parameters, read_context
+from flep_fl.model_security._parameters import seal_parameters
+from flep_fl.model_security._scratch import ScratchFile
 from flep_fl.model_security.profiles import Profile
 
 _MAGIC: Final = b"FLEPMK1\n"
+_PUBLIC_MAGIC: Final = b"FLEPPK1\n"
 _KEY_ID_BYTES: Final = 16
 _REMEDY = "Copy the key from the kit again, or provision the kits again"
 
@@ -85,6 +89,43 @@ class ModelKey:
         """Raise :class:`ModelKeyError` when the key was made for other parameters."""
         check_parameters(self._parts, profile)
 
+    def derive(self, info: bytes, length: int) -> bytes:
+        """Derive ``length`` secret bytes for one purpose, named by ``info`` (HKDF-SHA256, RFC 5869)."""
+        return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(self._parts.secret_key)
+
+    def public_key(self, profile: Profile) -> PublicKey:
+        """Make a public key that belongs to this key; fresh randomness every time, all of them fit.
+
+        Raises
+        ------
+        ModelKeyError
+            The key is damaged or was made for other parameters.
+        """
+        context = seal_parameters(profile).context
+        public_key = sealapi.PublicKey()
+        sealapi.KeyGenerator(context, self.load_secret(profile)).create_public_key(public_key)
+        with ScratchFile() as file:
+            public_key.save(file.path)
+            return PublicKey(self._key_id, file.read())
+
+    def load_secret(self, profile: Profile) -> Any:
+        """Load the secret key into SEAL (``sealapi.SecretKey``).
+
+        Raises
+        ------
+        ModelKeyError
+            The key is damaged or was made for other parameters.
+        """
+        self.check_profile(profile)
+        secret_key = sealapi.SecretKey()
+        with ScratchFile() as file:
+            file.write(self._parts.secret_key)
+            try:
+                secret_key.load(seal_parameters(profile).context, file.path)
+            except (RuntimeError, ValueError) as exc:
+                raise ModelKeyError("The model key is damaged", remedy=_REMEDY) from exc
+        return secret_key
+
     @property
     def secret_context(self) -> bytes:
         """TenSEAL's serialised context, secret key included."""
@@ -101,6 +142,67 @@ class ModelKey:
     def __reduce__(self) -> str | tuple[object, ...]:
         # A key that can be pickled ends up in some worker's queue or checkpoint.
         raise TypeError("a ModelKey is not pickled; use to_bytes() and write_secret()")
+
+
+class PublicKey:
+    r"""What a contribute-only site encrypts with: it hides, and opens nothing.
+
+    The file format is ``"FLEPPK1\n" || SHA-256 of the rest || key id (16 bytes) || SEAL's public key``. The
+    key id is that of the model key. It cannot be derived from a public key, so that a kit's signed manifest
+    is what binds the two.
+    """
+
+    def __init__(self, key_id: str, blob: bytes) -> None:
+        self._key_id, self._blob = key_id, blob
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> PublicKey:
+        """Read what :meth:`to_bytes` wrote.
+
+        Raises
+        ------
+        ModelKeyError
+            The bytes are not a public key, or damaged.
+        """
+        start = len(_PUBLIC_MAGIC)
+        digest, rest = data[start : start + 32], data[start + 32 :]
+        if not data.startswith(_PUBLIC_MAGIC) or len(rest) <= _KEY_ID_BYTES:
+            raise ModelKeyError("This file is not a public key of this release", remedy=_REMEDY)
+        if not hmac.compare_digest(digest, hashlib.sha256(rest).digest()):
+            raise ModelKeyError("The public key is damaged", remedy=_REMEDY)
+        return cls(rest[:_KEY_ID_BYTES].hex(), rest[_KEY_ID_BYTES:])
+
+    def to_bytes(self) -> bytes:
+        """Serialise the key; not secret, but not to be exchanged either: who does reads what is sent."""
+        rest = bytes.fromhex(self._key_id) + self._blob
+        return _PUBLIC_MAGIC + hashlib.sha256(rest).digest() + rest
+
+    @property
+    def key_id(self) -> str:
+        """Identifier of the model key that this key belongs to."""
+        return self._key_id
+
+    def load(self, profile: Profile) -> Any:
+        """Load the key into SEAL (``sealapi.PublicKey``).
+
+        Raises
+        ------
+        ModelKeyError
+            The key was made for other parameters.
+        """
+        public_key = sealapi.PublicKey()
+        with ScratchFile() as file:
+            file.write(self._blob)
+            try:
+                public_key.load(seal_parameters(profile).context, file.path)
+            except (RuntimeError, ValueError) as exc:
+                raise ModelKeyError(
+                    f"The public key was not made for ckks.profile={profile.name}", remedy=_REMEDY
+                ) from exc
+        return public_key
+
+    def __repr__(self) -> str:
+        return f"PublicKey(key_id={self._key_id!r})"
 
 
 class CheckKey:

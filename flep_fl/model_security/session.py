@@ -78,6 +78,8 @@ class Membership:
         As configured under ``ckks`` and ``federation``.
     site_keys, cloud_key
         Everybody's signature keys.
+    clip
+        Whether weights beyond the bound are clipped rather than refused (``ckks.out_of_range``).
     """
 
     site: str
@@ -92,6 +94,7 @@ class Membership:
     min_contributors: int
     site_keys: Mapping[str, Ed25519PublicKey]
     cloud_key: Ed25519PublicKey
+    clip: bool = False
 
 
 class AnalystSession:
@@ -422,7 +425,7 @@ class AnalystSession:
             When the model does not fit the layout or the bound.
         """
         m = self.membership
-        vector = weighted_vector(self.layout.flatten(arrays), examples, m.max_examples, m.bound)
+        vector = weighted_vector(self.layout.flatten(arrays), examples, m.max_examples, m.bound, clip=m.clip)
         header = UpdateHeader(
             federation=m.federation,
             run=self.ledger.entries.run,

@@ -12,7 +12,15 @@ from federations import make_config
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flep_fl.config import adopt_kit, differences, shared_digest, shared_part
+from flep_fl.config import (
+    adopt_kit,
+    ckks_bound,
+    ckks_line,
+    ckks_max_examples,
+    differences,
+    shared_digest,
+    shared_part,
+)
 from flep_fl.contracts.errors import (
     ConfigError,
     ConfigMismatchError,
@@ -43,6 +51,10 @@ BAD = [
     ("ckks.bound=1e6", "ckks.bound", "Lower"),
     ("ckks.max_examples=100000000", "ckks.max_examples", "Lower"),
     ("ckks.profile=clasic", "ckks.profile", "classic"),
+    ("ckks.encryption=asymmetric", "ckks.encryption", "symmetric"),
+    ("ckks.out_of_range=wrap", "ckks.out_of_range", "clip"),
+    ("ckks.scheme=bfv", "ckks.scheme", "ckks"),
+    ("ckks.contribute_only=[a]", "ckks.contribute_only", "ckks.encryption=public"),
     ("federation.sites=2", "federation.sites", "min_contributors"),
     ("federation.min_contributors=1", "federation.min_contributors", "3"),
     ("federation.quorum=5", "federation.quorum", "Lower"),
@@ -112,6 +124,27 @@ def test_the_schema_knows_what_the_cipher_knows() -> None:
     assert set(config.NOISE_FAMILIES) == set(noise.NOISE_FAMILIES)
     additive = {name for name, family in noise.NOISE_FAMILIES.items() if family.additive}
     assert set(config.ADDITIVE_NOISE) == additive
+
+
+def test_bound_and_cap_come_from_the_profile_where_they_are_not_set() -> None:
+    for profile, bound, largest in (("default", 64.0, 16384), ("compact", 8.0, 4096)):
+        for overrides in ([f"ckks.profile={profile}"], [f"ckks={profile}"]):
+            config = make_config(*overrides)
+            assert (ckks_bound(config), ckks_max_examples(config)) == (bound, largest)
+            assert f"profile {profile}, symmetric" in ckks_line(config)
+    config = make_config("ckks=compact", "ckks.bound=2", "ckks.max_examples=100")
+    assert (ckks_bound(config), ckks_max_examples(config)) == (2.0, 100)
+    assert "not encrypted" in ckks_line(make_config("cloud=open"))
+
+
+def test_contribute_only_names_sites_and_leaves_an_analyst() -> None:
+    public = ("ckks.encryption=public", "sites=[a,b,c]")
+    make_config(*public, "ckks.contribute_only=[c]")
+    for bad in ("[d]", "[c,c]", "[a,b,c]"):
+        with pytest.raises(ConfigError, match=r"ckks\.contribute_only"):
+            make_config(*public, f"ckks.contribute_only={bad}")
+    with pytest.raises(ConfigError, match="encrypted federation"):
+        make_config(*public, "ckks.contribute_only=[c]", "cloud=open")
 
 
 def test_headroom_counts_sites_times_bound() -> None:

@@ -11,10 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey
-from flep_fl.model_security.profiles import PROFILES, Profile
+from flep_fl.model_security.profiles import ENCRYPTIONS, PROFILES, Profile, get_profile
 from flep_fl.model_security.seal import Expectation, UpdateHeader, new_nonce, seal_update
 
 SITES = ("a", "b", "c")
+VARIANTS = {f"{name}-{kind}": get_profile(name, kind) for name in PROFILES for kind in ENCRYPTIONS}
+"""Every profile, with symmetric and with public encryption."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +59,29 @@ def model_keys() -> dict[str, ModelKey]:
 
 @pytest.fixture(scope="session")
 def ciphers(model_keys: dict[str, ModelKey]) -> dict[str, CkksModelCipher]:
-    return {name: CkksModelCipher(key, PROFILES[name]) for name, key in model_keys.items()}
+    """Ciphers by name of the profile, and by that and the encryption."""
+    made = {variant: CkksModelCipher(model_keys[p.name], p) for variant, p in VARIANTS.items()}
+    return made | {name: made[f"{name}-symmetric"] for name in PROFILES}
 
 
-@pytest.fixture(params=sorted(PROFILES))
-def profile(request: pytest.FixtureRequest) -> Profile:
-    return PROFILES[request.param]
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def profile(variant: str) -> Profile:
+    return VARIANTS[variant]
+
+
+@pytest.fixture(scope="module")
 def key(profile: Profile, model_keys: dict[str, ModelKey]) -> ModelKey:
     return model_keys[profile.name]
 
 
-@pytest.fixture
-def cipher(profile: Profile, ciphers: dict[str, CkksModelCipher]) -> CkksModelCipher:
-    return ciphers[profile.name]
+@pytest.fixture(scope="module")
+def cipher(variant: str, ciphers: dict[str, CkksModelCipher]) -> CkksModelCipher:
+    return ciphers[variant]
 
 
 @pytest.fixture(scope="session")

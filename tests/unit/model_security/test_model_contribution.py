@@ -33,6 +33,15 @@ def test_contributions_out_of_range_are_refused(flat, examples, words):
     assert words in str(caught.value)
 
 
+def test_clipping_is_by_config_and_told(caplog):
+    clipped = weighted_vector(np.array([9.0, -20.0, 3.0]), 50, 100, 4.0, clip=True)
+    assert clipped.tolist() == [4.0, -4.0, 1.5, 0.5]
+    assert "2 weights" in caplog.text and "4.5" not in caplog.text
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(WeightRangeError, match="not finite"):
+            weighted_vector(np.array([1.0, bad]), 50, 100, 4.0, clip=True)
+
+
 def test_the_bound_is_on_what_is_sent():
     assert weighted_vector(np.array([9.0]), 50, 100, 8.0).tolist() == [4.5, 0.5]
 
