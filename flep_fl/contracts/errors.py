@@ -483,10 +483,10 @@ class NetworkRuleError(ConfigError):
     code = "network_rules"
 
 
-class CertificateError(FlepError):
-    """A certificate or its key is missing, damaged, or cannot be issued as asked."""
+class GatewayCertificateError(FlepError):
+    """A certificate of the owner's gateway or its key is missing, damaged, or cannot be issued as asked."""
 
-    code = "certificate"
+    code = "gateway_certificate"
 
 
 class GatewayError(FlepError):
