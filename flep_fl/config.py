@@ -185,6 +185,7 @@ class RuntimeConfig:
     """Processes and hardware. ``idle_timeout`` 0 waits for ever; ``threads`` null lets torch choose.
 
     ``tls`` of the sites' port: ``auto`` is on unless the address is loopback; ``off`` works on loopback only.
+    ``database`` is where the cloud's SuperLink keeps messages until they are fetched: ``disk`` or ``memory``.
     """
 
     name: str = "process"
@@ -192,6 +193,7 @@ class RuntimeConfig:
     tls: str = "auto"
     wait: bool = False
     idle_timeout: float = 3600.0
+    database: str = "disk"
     device: str = "auto"
     threads: int | None = None
 
@@ -307,6 +309,7 @@ def check(config: Config) -> None:
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
     _one_of("runtime.tls", config.runtime.tls, ("auto", "on", "off"))
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
+    _one_of("runtime.database", config.runtime.database, ("disk", "memory"))
     _check_images(config)
     _check_training(config)
     _check_ckks(config)

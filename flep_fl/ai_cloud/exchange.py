@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
@@ -23,7 +23,8 @@ def exchange(
 
     Replies are handed on one at a time, so that the caller can add and drop each; Flower's own
     ``send_and_receive`` keeps them all. A node that left the grid is given up at once instead of after
-    Flower's own time-out.
+    Flower's own time-out. What was sent to a node that is given up is dropped, and a reply that it sends
+    later is not kept.
 
     Parameters
     ----------
@@ -52,18 +53,27 @@ def exchange(
                 yield (node, None, _reason(reply)) if reply.has_error() else (node, reply, "")
         now = time.monotonic()
         if not arrived and now >= deadline:
+            _forget(grid, pending)
             for node in pending.values():
                 yield node, None, RoundTimeoutError.code
             return
         if not arrived and now >= next_check:
             next_check = now + NODE_CHECK_SECONDS
             online = set(grid.get_node_ids())
-            for message_id, node in list(pending.items()):
-                if node not in online:
-                    del pending[message_id]
-                    yield node, None, SiteLostError.code
+            lost = {message_id: node for message_id, node in pending.items() if node not in online}
+            _forget(grid, lost)
+            for message_id, node in lost.items():
+                del pending[message_id]
+                yield node, None, SiteLostError.code
         if not arrived and pending:
             time.sleep(POLL_SECONDS)
+
+
+def _forget(grid: Grid, message_ids: Iterable[str]) -> None:
+    """Tell a grid of ours that nobody waits for these replies any more; Flower's own keep them."""
+    forget = getattr(grid, "forget_messages", None)
+    if forget is not None:
+        forget(list(message_ids))
 
 
 def reply_status(reply: Message) -> str:

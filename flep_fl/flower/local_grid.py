@@ -117,6 +117,11 @@ class LocalGrid(Grid):
                 return [self._execute(from_wire(wire))]
         return []
 
+    def forget_messages(self, message_ids: Iterable[str]) -> None:
+        """Drop messages that wait; nobody wants their replies any more."""
+        for message_id in message_ids:
+            self._pending.pop(message_id, None)
+
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:

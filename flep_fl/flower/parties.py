@@ -47,6 +47,7 @@ def run_server(cfg: DictConfig) -> None:
                 run_config={},
                 stop=stop,
                 log=progress,
+                database="memory" if config.runtime.database == "memory" else "disk",
             )
         finally:
             results = build_results(

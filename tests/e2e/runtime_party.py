@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from flep_fl.contracts.errors import FlepError, SumCheckError
+from flep_fl.contracts.errors import FlepError, SumCheckError, SuperLinkLostError
 from flep_fl.flower.processes import Interrupted, stop_on_signals
+from flep_fl.flower.runtime import cloud as cloud_module
 from flep_fl.flower.runtime.cloud import run_cloud
+from flep_fl.flower.runtime.security import CloudSecurity, SiteSecurity
 from flep_fl.flower.runtime.site import run_site
 
 
@@ -30,31 +33,41 @@ def replies_to(grid: Grid, waiting: set[str]) -> Iterator[Message]:
         time.sleep(0.1)
 
 
+def run_round(grid: Grid, number: int, sites: int, *, last: bool, nap: int) -> None:
+    nodes: list[int] = []
+    while len(nodes) < sites:
+        nodes = sorted(grid.get_node_ids())
+        time.sleep(0.1)
+    say(f"NODES {len(nodes)}")
+    content = RecordDict({"config": ConfigRecord({"last": "yes" if last else "no", "round": number})})
+    messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
+    started = time.monotonic()
+    pushed = set(grid.push_messages(messages))
+    time.sleep(nap)
+    for reply in replies_to(grid, pushed):
+        if reply.has_error():
+            say(f"ERROR {reply.error.code} {reply.error.reason}")
+        else:
+            values = reply.content["arrays"]["v"].numpy()
+            say(f"REPLY {number} {reply.content['m']['calls']} {values.sum():.0f}")
+    say(f"ROUND {number} {time.monotonic() - started:.1f}")
+
+
 def server_app() -> ServerApp:
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         sites, rounds = int(context.run_config["sites"]), int(context.run_config["rounds"])
-        nodes: list[int] = []
-        while len(nodes) < sites:
-            nodes = sorted(grid.get_node_ids())
-            time.sleep(0.1)
-        say(f"NODES {len(nodes)}")
-        for number in range(1, rounds + 1):
-            last = "yes" if number == rounds else "no"
-            content = RecordDict({"config": ConfigRecord({"last": last, "round": number})})
-            messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
-            started = time.monotonic()
-            pushed = set(grid.push_messages(messages))
-            time.sleep(int(context.run_config["nap"]))
-            for reply in replies_to(grid, pushed):
-                if reply.has_error():
-                    say(f"ERROR {reply.error.code} {reply.error.reason}")
-                else:
-                    values = reply.content["arrays"]["v"].numpy()
-                    say(f"REPLY {number} {reply.content['m']['calls']} {values.sum():.0f}")
-            say(f"ROUND {number} {time.monotonic() - started:.1f}")
+        number = 1
+        while number <= rounds:
+            try:
+                run_round(grid, number, sites, last=number == rounds, nap=int(context.run_config["nap"]))
+                number += 1
+            except SuperLinkLostError as exc:
+                if not context.run_config["patient"]:
+                    raise
+                say(f"LOST: {exc}")
         if context.run_config["linger"]:
             while True:
                 say(f"NODES {len(list(grid.get_node_ids()))}")
@@ -97,11 +110,26 @@ def main() -> int:
     parser.add_argument("--sites", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--linger", action="store_true")
+    parser.add_argument("--patient", action="store_true")
+    parser.add_argument("--restarts", type=int, default=5)
+    parser.add_argument("--database", default="disk")
+    parser.add_argument("--ca", type=Path)
+    parser.add_argument("--node-key", type=Path)
+    parser.add_argument("--certificate", type=Path)
+    parser.add_argument("--private-key", type=Path)
+    parser.add_argument("--node-keys", type=Path)
     parser.add_argument("--nap", type=int, default=0)
     parser.add_argument("--fail", default="")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--idle-timeout", type=float, default=0.0)
     options = parser.parse_args()
+    cloud_security = site_security = None
+    if options.certificate:
+        keys = {site: pem.encode() for site, pem in json.loads(options.node_keys.read_text()).items()}
+        cloud_security = CloudSecurity(options.certificate, options.private_key, options.ca, keys)
+    elif options.ca:
+        site_security = SiteSecurity(options.ca, options.node_key)
+    cloud_module.MOST_RESTARTS = options.restarts
     with stop_on_signals() as stop:
         try:
             if options.role == "cloud":
@@ -114,9 +142,12 @@ def main() -> int:
                         "rounds": options.rounds,
                         "linger": options.linger,
                         "nap": options.nap,
+                        "patient": options.patient,
                     },
                     stop=stop,
                     log=say,
+                    security=cloud_security,
+                    database=options.database,
                 )
                 say(f"OUTCOME {outcome.status}")
             else:
@@ -131,6 +162,7 @@ def main() -> int:
                     idle_timeout=options.idle_timeout,
                     node_config={"site": options.name},
                     log=say,
+                    security=site_security,
                 )
         except Interrupted:
             say("INTERRUPTED")

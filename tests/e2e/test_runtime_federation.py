@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,86 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from runtime_parties import Party, Starter, is_gone, until
 
 pytestmark = pytest.mark.e2e
-
-PARTY = Path(__file__).with_name("runtime_party.py")
-ROOT = PARTY.parents[2]
-
-
-class Party:
-    """One process and the lines that it has printed so far."""
-
-    def __init__(self, *args: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(PARTY), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        self.lines: list[tuple[float, str]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
-
-    @property
-    def text(self) -> str:
-        return "\n".join(line for _, line in self.lines)
-
-    def wait_for(self, pattern: str, limit: float = 40.0, *, since: float = 0.0) -> float:
-        """Return when a line matched, on the monotonic clock."""
-
-        def find() -> float | None:
-            return next(
-                (at for at, line in list(self.lines) if at >= since and re.search(pattern, line)), None
-            )
-
-        until(lambda: find() is not None or self.process.poll() is not None, limit)
-        time.sleep(0.1)
-        found = find()
-        assert found is not None, f"no line matches {pattern!r} in:\n{self.text}"
-        return found
-
-    def exit_status(self, limit: float) -> int:
-        """Wait for the process to end."""
-        status = self.process.wait(limit)
-        self._reader.join(5)
-        return status
-
-    def children(self) -> list[int]:
-        """Return the pids of the living children."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(stat[1]) == self.process.pid and stat[0] != "Z":
-                found.append(int(entry.name))
-        return found
-
-
-def until(condition: Callable[[], bool], limit: float) -> bool:
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def can_bind(port: int) -> bool:
@@ -139,19 +58,9 @@ def port() -> int:
 
 @pytest.fixture
 def start(port: int, tmp_path: Path) -> Iterator[Callable[..., Party]]:
-    parties: list[Party] = []
-
-    def start(role: str, name: str = "cloud", *args: str) -> Party:
-        home = str(tmp_path / name)
-        party = Party(role, "--address", f"127.0.0.1:{port}", "--home", home, "--name", name, *args)
-        parties.append(party)
-        return party
-
-    yield start
-    for party in parties:
-        if party.process.poll() is None:
-            party.process.kill()
-        party.process.wait()
+    starter = Starter(f"127.0.0.1:{port}", tmp_path)
+    yield starter
+    starter.stop()
 
 
 def test_two_sites_two_rounds_end_by_themselves_behind_split_ports(
@@ -247,16 +156,49 @@ def test_an_apps_exception_travels_as_a_code_only(start: Callable[..., Party], t
     assert "unexpected ValueError" in sites[1].text
 
 
-def test_a_dead_superlink_or_supernode_is_a_named_error(start: Callable[..., Party]) -> None:
-    cloud, site = start("cloud", "cloud", "--sites", "1"), start("site", "a", "--slow", "4")
+def test_a_dead_supernode_is_a_named_error(start: Callable[..., Party]) -> None:
+    start("cloud", "cloud", "--sites", "1")
+    site = start("site", "a", "--slow", "2")
     site.wait_for("TRAIN")
-    for party in (cloud, site):
-        (child,) = party.children()
-        os.kill(child, signal.SIGKILL)
-    assert (cloud.exit_status(10), site.exit_status(15)) == (1, 1)
-    assert "RuntimeStartError: The SuperLink ended unexpectedly (exit status -9)" in cloud.text
+    (child,) = site.children()
+    os.kill(child, signal.SIGKILL)
+    assert site.exit_status(15) == 1
     assert "RuntimeStartError: The SuperNode ended unexpectedly (exit status -9)" in site.text
-    assert "Traceback" not in cloud.text + site.text
+    assert "Traceback" not in site.text
+
+
+def test_a_killed_superlink_is_replaced_and_the_open_round_opened_again(
+    start: Callable[..., Party], port: int, tmp_path: Path
+) -> None:
+    cloud, sites = start("cloud", "cloud", "--patient"), [start("site", name, "--slow", "2") for name in "ab"]
+    for site in sites:
+        site.wait_for("TRAIN")
+    (superlink,) = cloud.children()
+    os.kill(superlink, signal.SIGKILL)
+    # Nobody can take the address in between, and the second SuperLink has it.
+    assert not can_bind(port)
+    assert cloud.exit_status(60) == 0, cloud.text
+    assert [site.exit_status(20) for site in sites] == [0, 0]
+    assert is_gone(superlink)
+    assert cloud.text.count("LOST: The SuperLink ended and was started again") == 1
+    assert "OUTCOME finished:completed" in cloud.text
+    # Both rounds are complete, with the answers to the second asking; the sites said why they came again.
+    rounds = [line.split()[1] for _, line in cloud.lines if line.startswith("REPLY")]
+    assert rounds == ["1", "1", "2", "2"]
+    assert all("no longer knows this site" in site.text for site in sites)
+    assert not [*tmp_path.rglob("*.secret"), *tmp_path.rglob("objects"), *tmp_path.rglob("*.token")]
+    assert can_bind(port)
+
+
+def test_a_superlink_that_keeps_ending_ends_the_run_by_name(start: Callable[..., Party]) -> None:
+    cloud = start("cloud", "cloud", "--patient", "--restarts", "1")
+    for _ in range(2):
+        cloud.wait_for("SuperLink ready" if not cloud.lines else "SuperLink ready again")
+        (superlink,) = cloud.children()
+        os.kill(superlink, signal.SIGKILL)
+    assert cloud.exit_status(20) == 1
+    assert "RuntimeStartError: The SuperLink ended 2 times in one run" in cloud.text
+    assert "Traceback" not in cloud.text
 
 
 def test_a_site_without_a_cloud_says_so_and_gives_up(start: Callable[..., Party], port: int) -> None:

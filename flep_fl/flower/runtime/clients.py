@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
@@ -19,7 +20,11 @@ from flwr.supercore.retry import RetryInvoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
 ADMIN_HEADER = "x-flep-admin"
+FORGET_PATH = "/flep/forget-messages"
+"""Route of the SuperLink's loopback port that drops messages; see :func:`forget_messages`."""
+
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_FORGET_LIMIT = 10.0
 _BEAT_INTERVAL = 15.0
 """Seconds between heartbeats of a task; Flower gives a task up after 60."""
 
@@ -82,6 +87,18 @@ def task_client(
         ],
         retry_invoker=retry,
     )
+
+
+def forget_messages(address: str, admin_token: bytes, message_ids: Iterable[str]) -> None:
+    """Tell the SuperLink that nobody waits for the replies to these messages any more."""
+    response = httpx.post(
+        f"http://{address}{FORGET_PATH}",
+        content=json.dumps(sorted(message_ids)),
+        headers={ADMIN_HEADER: admin_token.decode()},
+        timeout=_FORGET_LIMIT,
+        trust_env=False,
+    )
+    response.raise_for_status()
 
 
 def acquire_task(client: RuntimeHttpClient, task_type: str) -> str | None:

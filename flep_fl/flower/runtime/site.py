@@ -20,7 +20,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from flep_fl.contracts.errors import IdleTimeoutError, RuntimeStartError, public_code
+from flep_fl.contracts.errors import IdleTimeoutError, NodeRefusedError, RuntimeStartError, public_code
 from flep_fl.flower.processes import Interrupted, interruptible, spawn_child, terminate
 from flep_fl.flower.runtime.clients import acquire_task, acquiring_client, task_client, task_heartbeat
 from flep_fl.flower.runtime.environment import (
@@ -33,13 +33,23 @@ from flep_fl.flower.runtime.environment import (
     parse_address,
     use_environment,
 )
+from flep_fl.flower.runtime.security import SiteSecurity
 from flep_fl.flower.runtime.timing import TASK_POLL
+from flep_fl.flower.runtime.tls import (
+    client_context,
+    load_node_key,
+    node_fingerprint,
+    require_same_language,
+)
 from flep_fl.flower.runtime.wire import describe, error_reply
 
 Scalar = str | int | float | bool
 
 _QUIET_START = 5.0
 """Seconds without a connection after which the user is told."""
+
+_PROBE_INTERVAL = 2.0
+"""Seconds between two looks at why there is no connection."""
 
 _DELIVERY_LIMIT = 60.0
 """Seconds that the last reply gets to reach the SuperLink."""
@@ -55,6 +65,7 @@ class _SuperNode:
     news_fd: int
     secret: bytes = field(repr=False)
     connected: bool = False
+    refusal: str | None = None
     delivered: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     _rest: bytes = b""
@@ -73,6 +84,8 @@ class _SuperNode:
                 self.delivered.add(message_id)
             elif word == "lost":
                 self.lost.add(message_id)
+            elif word == "refused":
+                self.refusal = message_id
 
 
 def run_site(
@@ -86,6 +99,7 @@ def run_site(
     idle_timeout: float,
     node_config: Mapping[str, Scalar],
     log: Callable[[str], None],
+    security: SiteSecurity | None = None,
 ) -> None:
     """Connect to the cloud and answer its messages with ``app``, in this process, until ``done()``.
 
@@ -113,25 +127,37 @@ def run_site(
         What the app finds in ``context.node_config``; it stays in this process.
     log
         Takes lines for the user.
+    security
+        TLS and this site's node key; None speaks in the clear (loopback only).
 
     Raises
     ------
     IdleTimeoutError
         When nothing was heard for ``idle_timeout`` seconds.
+    TransportSecurityError
+        When the certificate of whoever answers at ``cloud`` is not the federation's, not of this address or
+        not of this time, when only one of the two speaks TLS, or a file of ``security`` cannot be used.
+        A cloud that does not answer yet is waited for.
+    NodeRefusedError
+        When the cloud does not know this site's node key.
     RuntimeStartError
         When the SuperNode does not start or ends unexpectedly.
     Interrupted
         When ``stop`` was set.
     """
     parse_address(cloud)
+    key = ""
+    if security is not None:
+        client_context(security.ca)
+        key = node_fingerprint(load_node_key(security.node_key))
     heard = time.monotonic()
     with use_environment(flower_environment(home)):
         while True:
-            with _supernode(cloud, home) as node:
+            with _supernode(cloud, home, security) as node:
                 heard, finished = _serve(
                     app,
                     node,
-                    cloud=cloud,
+                    peer=_Peer(cloud, security, key),
                     site=site,
                     done=done,
                     stop=stop,
@@ -145,8 +171,29 @@ def run_site(
             log(f"{site}: the cloud no longer knows this site (was it restarted?); connecting again")
 
 
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """The cloud as this site knows it, and the fingerprint of the node key that it is shown."""
+
+    cloud: str
+    security: SiteSecurity | None
+    key: str
+
+    def require_acceptance(self, node: _SuperNode) -> None:
+        """Raise by name when TLS cannot work, or the cloud has refused this node."""
+        require_same_language(self.cloud, self.security)
+        if node.refusal is not None:
+            raise NodeRefusedError(
+                f"{self.cloud} does not accept this site's node key"
+                + (f" {self.key}" if self.key else ": it wants one, and this site was started without"),
+                found=node.refusal,
+                remedy="Cloud and site need kits of one federation and generation, and clocks that agree to "
+                "the minute; the cloud's log names the key that it refused",
+            )
+
+
 @contextlib.contextmanager
-def _supernode(cloud: str, home: Path) -> Iterator[_SuperNode]:
+def _supernode(cloud: str, home: Path, security: SiteSecurity | None) -> Iterator[_SuperNode]:
     """Run a SuperNode child for as long as the block runs; it unregisters on the way out."""
     home.mkdir(parents=True, exist_ok=True)
     log_file, secret_file = home / "supernode.log", home / "superexec.secret"
@@ -162,6 +209,8 @@ def _supernode(cloud: str, home: Path) -> Iterator[_SuperNode]:
             command = [sys.executable, "-m", "flep_fl.flower.runtime.supernode", "--superlink", cloud]
             command += ["--runtime-fd", str(listener.fileno()), "--news-fd", str(tell_fd)]
             command += ["--secret-file", str(secret_file)]
+            if security is not None:
+                command += ["--ca", str(security.ca), "--node-key", str(security.node_key)]
             child = spawn_child(
                 command, env=child_environment(home), log=log_file, pass_fds=(listener.fileno(), tell_fd)
             )
@@ -176,7 +225,7 @@ def _serve(
     app: ClientApp,
     node: _SuperNode,
     *,
-    cloud: str,
+    peer: _Peer,
     site: str,
     done: Callable[[], bool],
     stop: threading.Event,
@@ -186,7 +235,9 @@ def _serve(
     heard: float,
 ) -> tuple[float, bool]:
     """Answer messages; return when the last one came, and whether ``done()`` (else the node must restart)."""
-    started = time.monotonic()
+    started, cloud = time.monotonic(), peer.cloud
+    # Without TLS there is nothing to compare at first, and a plain server would complain about the probe.
+    probed = started - _PROBE_INTERVAL if peer.security is not None else started + _QUIET_START
     told = False
     with acquiring_client(node.address, node.secret) as acquiring:
         while True:
@@ -197,9 +248,12 @@ def _serve(
             if node.connected and not known:
                 log(f"{site}: connected to {cloud}")
                 told = True
-            if not _is_alive(node):
+            if not _is_alive(node, peer):
                 return heard, False
             now = time.monotonic()
+            if not node.connected and now - probed >= _PROBE_INTERVAL:
+                require_same_language(cloud, peer.security)
+                probed = now
             if not told and now - started > _QUIET_START:
                 log(f"{site}: {cloud} does not answer yet; trying again until it does")
                 told = True
@@ -212,7 +266,7 @@ def _serve(
             if token is None:
                 stop.wait(TASK_POLL)
                 continue
-            reply_id = _run_task(app, node, token, site=site, node_config=node_config, log=log)
+            reply_id = _run_task(app, node, peer, token, site=site, node_config=node_config, log=log)
             heard = time.monotonic()
             if reply_id is not None and done():
                 if not _wait_for_delivery(node, reply_id, stop):
@@ -220,7 +274,7 @@ def _serve(
                 return heard, True
 
 
-def _is_alive(node: _SuperNode) -> bool:
+def _is_alive(node: _SuperNode, peer: _Peer) -> bool:
     """Whether the SuperNode runs; False after an orderly exit of a node that had been connected.
 
     (Upstream ends a SuperNode, with 0, when the SuperLink says that it does not know it.)
@@ -228,8 +282,11 @@ def _is_alive(node: _SuperNode) -> bool:
     status = node.child.poll()
     if status is None:
         return True
+    node.read_news()
     if status == 0 and node.connected:
         return False
+    if not node.connected:
+        peer.require_acceptance(node)
     raise RuntimeStartError(
         f"The SuperNode ended unexpectedly (exit status {status}); its last lines: {log_tail(node.log_file)}"
     )
@@ -238,6 +295,7 @@ def _is_alive(node: _SuperNode) -> bool:
 def _run_task(
     app: ClientApp,
     node: _SuperNode,
+    peer: _Peer,
     token: str,
     *,
     site: str,
@@ -258,7 +316,7 @@ def _run_task(
             push_task_output(task, context, outcome, details)
             return reply.metadata.message_id
     except httpx.HTTPError as exc:
-        _is_alive(node)
+        _is_alive(node, peer)
         log(f"{site}: a message was lost on the way to the local SuperNode ({type(exc).__name__})")
         return None
 

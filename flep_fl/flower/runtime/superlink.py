@@ -1,166 +1,164 @@
-"""Child process: Flower's SuperLink with split ports.
+"""Child process: Flower's SuperLink with split ports, TLS on the one that faces the sites.
 
-One listener faces the sites and serves ``/v1/fleet/*`` and ``/health`` alone; the other, on loopback, serves
-the control and runtime routes to the process that started this one, which shows the admin token. (Upstream
-puts all of them on one port, the control routes without any authentication.)
+One listener faces the sites (see :class:`~flep_fl.flower.runtime.ports.SitesPort`); the other, on loopback,
+serves the process that started this one. The sites' listener answers nobody before their node keys are
+registered.
 
-``python -m flep_fl.flower.runtime.superlink --public-fd N --admin-fd N --secret-file F --token-file F``
+``python -m flep_fl.flower.runtime.superlink --public-fd N --admin-fd N --news-fd N --secret-file F
+--token-file F [--objects FOLDER] [--certificate F --private-key F --ca F --node-keys F]``
+
+News are lines on ``--news-fd`` for the user: who was refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import hmac
+import asyncio
 import importlib
+import logging
+import os
 import socket
+import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
-from flwr.app import Message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.superlink import extensions
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from flwr.supercore.object_store import ObjectStoreFactory
 
+from flep_fl.flower.runtime.ports import AdminPort, Refusals, SitesPort, parse_node_keys
+from flep_fl.flower.runtime.replies import dropped_orders, forget, whole_replies
+from flep_fl.flower.runtime.security import CloudSecurity
+from flep_fl.flower.runtime.store import FileObjectStore
 from flep_fl.flower.runtime.timing import accept_short_heartbeat
+from flep_fl.flower.runtime.tls import server_context
 
-ADMIN_HEADER = "x-flep-admin"
+_LOG = logging.getLogger("flwr")
 _SHUTDOWN_LIMIT = 2
 """Seconds that open requests get after SIGTERM."""
 
 
-class SplitPorts:
-    """ASGI middleware: which listener may reach which routes."""
+def _serve_on(
+    admin: socket.socket,
+    public: socket.socket,
+    token: bytes,
+    say: Callable[[str], None],
+    security: CloudSecurity | None,
+) -> SimpleNamespace:
+    """Return what the SuperLink command takes for the ``uvicorn`` module: it serves our two listeners."""
 
-    def __init__(self, app: ASGIApp, admin_port: int, token: bytes) -> None:
-        self._app = app
-        self._admin_port = admin_port
-        self._token = token
+    def run(app: Any, *, log_config: Any, **_: Any) -> None:
+        state = app.state.linkstate_factory.state()
+        refusals = None
+        if security is not None:
+            app.state.enable_supernode_auth = True
+            _register(state, security.node_keys)
+            refusals = Refusals(security.node_keys, say)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 404."""
-        if scope["type"] == "lifespan" or self._allowed(scope):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await PlainTextResponse("not found", status_code=404)(scope, receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+        def server(served: Any, lifespan: str, context: ssl.SSLContext | None) -> uvicorn.Server:
+            config = uvicorn.Config(
+                served,
+                log_config=log_config,
+                access_log=False,
+                lifespan=lifespan,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_SHUTDOWN_LIMIT,
+                ssl_context_factory=None if context is None else lambda _config, _default: context,
+            )
+            return uvicorn.Server(config)
 
-    def _allowed(self, scope: Scope) -> bool:
-        path = str(scope["path"])
-        if path == "/health":
-            return True
-        server = scope.get("server")
-        if server is not None and server[1] == self._admin_port:
-            shown = dict(scope["headers"]).get(ADMIN_HEADER.encode(), b"")
-            return hmac.compare_digest(shown, self._token)
-        return scope["type"] == "http" and path.startswith("/v1/fleet/")
+        context = None if security is None else server_context(security)
+        inner = server(AdminPort(app, token, lambda ids: forget(state, ids)), "on", None)
+        outer = server(SitesPort(app, refusals), "off", context)
 
+        async def both() -> None:
+            # SIGTERM reaches the server that was started last; it passes the signal on when it has ended.
+            serving = asyncio.create_task(inner.serve(sockets=[admin]))
+            while not inner.started and not serving.done():
+                await asyncio.sleep(0.01)
+            if inner.started:
+                await outer.serve(sockets=[public])
+            await serving
 
-GetReplies = Callable[[Any, set[str], int], list[Message]]
-"""``InMemoryLinkState.get_message_res(state, message_ids, run_id)``."""
-
-
-def whole_replies(upstream: GetReplies) -> GetReplies:
-    """Make a reply count once all of it is here, and from then on whatever becomes of its sender.
-
-    Upstream answers "node unavailable" when a node left after its reply arrived, and hands out replies whose
-    parts are still on their way (the ServerApp then blocks for minutes if the sender died).
-    """
-
-    def get_message_res(state: Any, message_ids: set[str], run_id: int) -> list[Message]:
-        with state.lock:
-            replies = state.message_ins_id_to_message_res_id
-            whole = {one for one in message_ids if one in replies and _is_whole(state, replies[one])}
-            answered = _with_senders_online(state, whole, lambda: upstream(state, set(whole), run_id))
-            partial = {one: replies.pop(one) for one in message_ids - whole if one in replies}
-            try:
-                return answered + upstream(state, message_ids - whole, run_id)
-            finally:
-                replies.update(partial)
-
-    return get_message_res
-
-
-def _is_whole(state: Any, message_id: str) -> bool:
-    """Whether every object of a message has been uploaded."""
-    try:
-        tree = state.object_store.get_object_tree(message_id)
-    except NoObjectInStoreError:
-        return False
-    return all(state.object_store.get(node.object_id) for node in iterate_object_tree(tree))
-
-
-def _with_senders_online(
-    state: Any, message_ids: set[str], call: Callable[[], list[Message]]
-) -> list[Message]:
-    """Run ``call`` as if the nodes that answered ``message_ids`` were still there; holds the state's lock."""
-    if not message_ids:
-        return []
-    messages = (state.message_ins_store.get(one) for one in message_ids)
-    nodes = [state.nodes.get(message.metadata.dst_node_id) for message in messages if message is not None]
-    saved = {node.node_id: (node, node.status, node.online_until) for node in nodes if node is not None}
-    try:
-        for node, _, _ in saved.values():
-            node.status, node.online_until = "online", float("inf")
-        return call()
-    finally:
-        for node, status, online_until in saved.values():
-            node.status, node.online_until = status, online_until
-
-
-def _serve_on(listeners: list[socket.socket]) -> SimpleNamespace:
-    """Return what the SuperLink command takes for the ``uvicorn`` module: it serves our listeners."""
-
-    def run(app: Any, *, host: str, port: int, log_config: Any, **_: Any) -> None:
-        config = uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=log_config,
-            access_log=False,
-            timeout_graceful_shutdown=_SHUTDOWN_LIMIT,
-        )
-        uvicorn.Server(config).run(sockets=listeners)
+        with asyncio.Runner(loop_factory=inner.config.get_loop_factory()) as runner:
+            runner.run(both())
 
     return SimpleNamespace(run=run)
 
 
+def _register(state: Any, node_keys: Mapping[str, bytes]) -> None:
+    """Make the sites' node keys the only ones that the SuperLink accepts."""
+    for site, public_key in node_keys.items():
+        state.create_node(
+            owner_aid=NOOP_FLWR_AID,
+            owner_name=NOOP_ACCOUNT_NAME,
+            public_key=public_key,
+            heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+            name=site,
+        )
+
+
+def _teller(news_fd: int) -> Callable[[str], None]:
+    """Return what tells the log and, as far as its pipe has room, the parent."""
+    os.set_blocking(news_fd, False)
+
+    def say(line: str) -> None:
+        _LOG.warning(line)
+        try:
+            os.write(news_fd, f"{line}\n".encode())
+        except OSError:
+            return
+
+    return say
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    for name in ("--public-fd", "--admin-fd", "--news-fd"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--secret-file", "--token-file"):
+        parser.add_argument(name, type=Path, required=True)
+    for name in ("--objects", "--certificate", "--private-key", "--ca", "--node-keys"):
+        parser.add_argument(name, type=Path)
+    return parser.parse_args()
+
+
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--public-fd", type=int, required=True)
-    parser.add_argument("--admin-fd", type=int, required=True)
-    parser.add_argument("--secret-file", type=Path, required=True)
-    parser.add_argument("--token-file", type=Path, required=True)
-    options = parser.parse_args()
-
+    options = _options()
     public, admin = socket.socket(fileno=options.public_fd), socket.socket(fileno=options.admin_fd)
-    admin_port = int(admin.getsockname()[1])
-    token = options.token_file.read_bytes()
+    security = None
+    if options.certificate is not None:
+        node_keys = parse_node_keys(options.node_keys.read_bytes())
+        security = CloudSecurity(options.certificate, options.private_key, options.ca, node_keys)
     accept_short_heartbeat()
     link_state: Any = InMemoryLinkState
     link_state.get_message_res = whole_replies(InMemoryLinkState.get_message_res)
-    extensions.get_middleware = lambda: (Middleware(SplitPorts, admin_port=admin_port, token=token),)
-    command: Any = importlib.import_module(
-        "flwr.superlink.cli.flower_superlink"
-    )  # its package hides the module
-    command.uvicorn = _serve_on([public, admin])
-    sys.argv = ["flower-superlink", "--insecure", "--isolation", "process"]
-    sys.argv += [
+    link_state.delete_messages = dropped_orders(InMemoryLinkState.delete_messages)
+    if options.objects is not None:
+        factory: Any = ObjectStoreFactory
+        store = FileObjectStore(options.objects)
+        factory.store = lambda _factory: store
+    # Its package hides the module.
+    command: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    token = options.token_file.read_bytes()
+    command.uvicorn = _serve_on(admin, public, token, _teller(options.news_fd), security)
+    host, port = admin.getsockname()[:2]
+    # The sites' TLS and node authentication are set up above; upstream knows one port, the loopback one.
+    sys.argv = [
+        "flower-superlink",
+        "--insecure",
+        "--isolation",
+        "process",
         "--host",
-        "127.0.0.1",
+        host,
         "--port",
-        str(admin_port),
-        "--disable-runtime-dependency-installation",
+        str(port),
     ]
+    sys.argv += ["--disable-runtime-dependency-installation"]
     sys.argv += ["--superexec-auth-secret-file", str(options.secret_file)]
     command.flower_superlink()
 

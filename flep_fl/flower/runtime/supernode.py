@@ -1,9 +1,11 @@
 """Child process: Flower's SuperNode with quick polls, short heartbeats, and news for its parent.
 
-``python -m flep_fl.flower.runtime.supernode --superlink ADDRESS --runtime-fd N --news-fd N --secret-file F``
+``python -m flep_fl.flower.runtime.supernode --superlink ADDRESS --runtime-fd N --news-fd N --secret-file F
+[--ca F --node-key F]``
 
 News are lines on ``--news-fd``: ``connected``; ``delivered ID`` when the SuperLink has the whole reply ID;
-``lost ID`` when that reply cannot be delivered any more.
+``lost ID`` when that reply cannot be delivered any more; ``refused WHY`` before this process ends because
+the SuperLink does not accept the node.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ from flwr.supercore.retry import RetryInvoker, exponential, http_retry
 from flwr.supernode import fleet_http_connection, start_client_internal
 
 from flep_fl.flower.runtime.timing import NODE_POLL, RECONNECT_LIMIT, REPLY_POLL, shorten_node_heartbeat
+from flep_fl.flower.runtime.tls import parse_private_key
 
 Tell = Callable[[str], None]
 
 _UPSTREAM_IDLE_SLEEP = 3
 """What upstream's loop sleeps when there is no message; its shorter sleeps wait for the app's reply."""
+
+
+_LONGEST_REASON = 300
 
 
 def _quick_clock() -> SimpleNamespace:
@@ -95,7 +101,17 @@ def _announcing_delivery(upstream: Callable[..., None], tell: Tell) -> Callable[
     return push
 
 
-def _leave_at_once() -> SimpleNamespace:
+def _announcing_exit(upstream: Callable[..., Any], tell: Tell) -> Callable[..., Any]:
+    """Tell the parent why the connection could not be made; upstream logs it and ends the process."""
+
+    def leave(code: int, message: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        tell(f"refused {' '.join((message or '').split())[:_LONGEST_REASON]}")
+        return upstream(code, message, *args, **kwargs)
+
+    return leave
+
+
+def _leave_at_once(tell: Tell) -> SimpleNamespace:
     """Return what the retrying client takes for the ``os`` module: an unknown node ends, with status 0.
 
     Upstream sends itself a SIGINT when the SuperLink answers 401 (it was restarted and does not know this
@@ -103,6 +119,7 @@ def _leave_at_once() -> SimpleNamespace:
     """
 
     def leave(_pid: int, _signal: int) -> None:
+        tell("refused 401: the proof of the node key was not accepted")
         os._exit(0)
 
     return SimpleNamespace(kill=leave, getpid=os.getpid)
@@ -125,6 +142,8 @@ def main() -> None:
     parser.add_argument("--runtime-fd", type=int, required=True)
     parser.add_argument("--news-fd", type=int, required=True)
     parser.add_argument("--secret-file", type=Path, required=True)
+    parser.add_argument("--ca", type=Path)
+    parser.add_argument("--node-key", type=Path)
     options = parser.parse_args()
 
     def tell(line: str) -> None:
@@ -138,15 +157,24 @@ def main() -> None:
     loop._init_connection = _announcing_connection(loop._init_connection, tell)
     loop._push_messages = _announcing_delivery(loop._push_messages, tell)
     retrying: Any = http_retry
-    retrying.os = _leave_at_once()
+    retrying.os = _leave_at_once(tell)
     connection: Any = fleet_http_connection
     connection.make_simple_http_retry_invoker = _patient_but_quick(connection.make_simple_http_retry_invoker)
+    connection.flwr_exit = _announcing_exit(connection.flwr_exit, tell)
+    connection.os = _leave_at_once(tell)
     command: Any = importlib.import_module(
         "flwr.supernode.cli.flower_supernode"
     )  # its package hides the module
     command.uvicorn = _serve_on(listener)
+    # Upstream reads OpenSSH's format alone.
+    command.load_ssh_private_key = lambda content, _passphrase: parse_private_key(content)
     host, port = listener.getsockname()[:2]
-    sys.argv = ["flower-supernode", "--insecure", "--isolation", "process", "--superlink", options.superlink]
+    sys.argv = ["flower-supernode", "--isolation", "process", "--superlink", options.superlink]
+    if options.ca is None:
+        sys.argv += ["--insecure"]
+    else:
+        sys.argv += ["--root-certificates", str(options.ca)]
+        sys.argv += ["--auth-supernode-private-key", str(options.node_key)]
     sys.argv += [
         "--host",
         host,

@@ -24,7 +24,8 @@ from flep_fl.flower.processes import Interrupted
 from flep_fl.flower.runtime.cloud import run_cloud
 from flep_fl.flower.runtime.environment import bind, log_tail, new_secret, parse_address, use_environment
 from flep_fl.flower.runtime.grid import GuardedGrid
-from flep_fl.flower.runtime.superlink import SplitPorts, whole_replies
+from flep_fl.flower.runtime.ports import AdminPort, SitesPort
+from flep_fl.flower.runtime.replies import whole_replies
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.flower.runtime.wire import from_wire, set_task_identity, to_wire
 
@@ -115,8 +116,8 @@ def test_log_tail(tmp_path: Path) -> None:
 # --- split ports -------------------------------------------------------------------------------------
 
 
-def ask(port: int, path: str, token: bytes | None = None, kind: str = "http") -> str:
-    """Return ``passed`` or what the middleware answered."""
+def ask(port: str, path: str, token: bytes | None = None, kind: str = "http") -> str:
+    """Return ``passed`` or what the listener answered."""
     sent: list[dict[str, Any]] = []
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -126,34 +127,37 @@ def ask(port: int, path: str, token: bytes | None = None, kind: str = "http") ->
         sent.append(message)
 
     headers = [] if token is None else [(b"x-flep-admin", token)]
-    scope = {"type": kind, "path": path, "server": ("127.0.0.1", port), "headers": headers, "method": "POST"}
-    asyncio.run(SplitPorts(app, admin_port=9, token=b"sesame")(scope, None, send))  # type: ignore[arg-type]
+    scope = {"type": kind, "path": path, "headers": headers, "method": "POST"}
+    served: Any = AdminPort(app, b"sesame", lambda _ids: None) if port == "admin" else SitesPort(app)
+    asyncio.run(served(scope, None, send))
     return str(sent[0].get("status", sent[0]["type"]))
 
 
 def test_the_sites_port_serves_the_fleet_alone() -> None:
-    assert ask(8000, "/v1/fleet/pull-messages") == "passed"
-    assert ask(8000, "/health") == "passed"
+    assert ask("sites", "/v1/fleet/pull-messages") == "passed"
+    assert ask("sites", "/health") == "passed"
     for path in (
         "/v1/control/start-run",
         "/v1/runtime/acquire-task",
         "/v1/fleet",
         "/docs",
+        "/flep/forget-messages",
         "/",
         "//v1/fleet/x",
     ):
-        assert ask(8000, path) == "404"
+        assert ask("sites", path) == "404"
         # The admin token opens nothing on the sites' port.
-        assert ask(8000, path, b"sesame") == "404"
-    assert ask(8000, "/v1/fleet/x", kind="websocket") == "websocket.close"
+        assert ask("sites", path, b"sesame") == "404"
+    assert ask("sites", "/v1/fleet/x", kind="websocket") == "websocket.close"
 
 
 def test_the_admin_port_wants_the_token() -> None:
-    assert ask(9, "/v1/control/start-run", b"sesame") == "passed"
-    assert ask(9, "/health") == "passed"
-    assert ask(9, "/v1/control/start-run") == "404"
-    assert ask(9, "/v1/control/start-run", b"sesam") == "404"
-    assert ask(9, "/v1/fleet/pull-messages") == "404"
+    assert ask("admin", "/v1/control/start-run", b"sesame") == "passed"
+    assert ask("admin", "/health") == "passed"
+    assert ask("admin", "/v1/control/start-run") == "404"
+    assert ask("admin", "/v1/control/start-run", b"sesam") == "404"
+    assert ask("admin", "/v1/fleet/pull-messages") == "404"
+    assert ask("admin", "/flep/forget-messages") == "404"
 
 
 # --- replies -----------------------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+"""The SuperLink's two listeners: what each serves, and who was refused on the sites' one."""
+
+from __future__ import annotations
+
+import datetime
+import hmac
+import json
+import time
+from base64 import b64decode
+from collections.abc import Callable, Mapping
+
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flep_fl.flower.runtime.clients import ADMIN_HEADER, FORGET_PATH
+from flep_fl.flower.runtime.tls import fingerprint
+
+_HEALTH = "/health"
+_FLEET = "/v1/fleet/"
+_ARRIVALS = frozenset({"/v1/fleet/register-node", "/v1/fleet/activate-node"})
+_REPEAT_SECONDS = 60.0
+_MOST_KNOWN = 1000
+"""How many refused parties are remembered, so that each is told of once a minute only."""
+_CLOCK_TOLERANCE = 10.0
+
+
+class AdminPort:
+    """ASGI: the loopback listener. Control and runtime routes for whoever shows the token.
+
+    It also takes ``POST`` :data:`~flep_fl.flower.runtime.clients.FORGET_PATH` with a JSON list of message
+    ids, and calls ``forget`` with them.
+    """
+
+    def __init__(self, app: ASGIApp, token: bytes, forget: Callable[[set[str]], None]) -> None:
+        self._app = app
+        self._token = token
+        self._forget = forget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 404."""
+        if scope["type"] == "lifespan" or scope["path"] == _HEALTH:
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http" or not self._allowed(scope):
+            await _not_here(scope, receive, send)
+        elif scope["path"] == FORGET_PATH:
+            ids = json.loads(await Request(scope, receive).body())
+            await run_in_threadpool(self._forget, set(map(str, ids)))
+            await Response(status_code=204)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        shown = dict(scope["headers"]).get(ADMIN_HEADER.encode(), b"")
+        return hmac.compare_digest(shown, self._token)
+
+
+class SitesPort:
+    """ASGI: the listener that faces the sites. ``/v1/fleet/*`` and ``/health``, and nothing else.
+
+    (Upstream puts all routes on one port, the control routes without any authentication.)
+    """
+
+    def __init__(self, app: ASGIApp, refusals: Refusals | None = None) -> None:
+        self._app = app
+        self._refusals = refusals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 404."""
+        path = str(scope["path"])
+        if scope["type"] != "http" or not (path == _HEALTH or path.startswith(_FLEET)):
+            await _not_here(scope, receive, send)
+            return
+        refusals = self._refusals
+        if refusals is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                refusals.note(scope, int(message["status"]))
+            await send(message)
+
+        await self._app(scope, receive, watched)
+
+
+class Refusals:
+    """Say who was refused: the site where its key is known and proven, else the key and the address.
+
+    Parameters
+    ----------
+    node_keys
+        The sites' public node keys by name, PEM.
+    say
+        Takes one line per refused party, once a minute at most.
+    """
+
+    def __init__(self, node_keys: Mapping[str, bytes], say: Callable[[str], None]) -> None:
+        self._sites = {key: site for site, key in node_keys.items()}
+        self._say = say
+        self._told: dict[str, float] = {}
+
+    def note(self, scope: Scope, status: int) -> None:
+        """Look at the status of an answered request; speak up when it is a refusal."""
+        path = str(scope["path"])
+        if status not in (401, 403) and not (path in _ARRIVALS and status >= 400):
+            return
+        who = self._describe({key.decode("latin-1"): value for key, value in scope["headers"]}, path, status)
+        if who is None:
+            return
+        client = scope.get("client")
+        line = f"refused {who}, at {client[0] if client else 'an unknown address'}"
+        moment = time.monotonic()
+        if moment - self._told.get(line, -_REPEAT_SECONDS) < _REPEAT_SECONDS:
+            return
+        if len(self._told) >= _MOST_KNOWN:
+            self._told.clear()
+        self._told[line] = moment
+        self._say(line)
+
+    def _describe(self, headers: Mapping[str, bytes], path: str, status: int) -> str | None:
+        """Return who it was; None where it is no question of identity."""
+        try:
+            key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
+            public_key = bytes_to_public_key(key)
+        except (KeyError, ValueError):
+            return "a node without a usable key"
+        site = self._sites.get(key)
+        name = f"the key {fingerprint(key)}" + (f" (site {site})" if site else "")
+        try:
+            stamp = headers[TIMESTAMP_HEADER.lower()]
+            signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
+            proven = verify_signature(public_key, stamp, signature)
+            age = (now() - datetime.datetime.fromisoformat(stamp.decode("ascii"))).total_seconds()
+        except (KeyError, ValueError, TypeError, AttributeError):
+            proven, age = False, 0.0
+        if not proven:
+            return f"a node that shows {name} and does not prove it"
+        if site is None:
+            how = "that registers itself" if path.endswith("register-node") else "that is not in the kit"
+            return f"a node with {name} {how}"
+        if status != 401 and path not in _ARRIVALS:
+            return None  # a run that is over, for instance
+        if abs(age) > _CLOCK_TOLERANCE:
+            return f"site {site}, whose clock is {abs(age):.0f} s off (or somebody repeats its requests)"
+        # Its node is one of an earlier SuperLink: it will come again by itself.
+        return None if path not in _ARRIVALS else f"site {site} (status {status})"
+
+
+async def _not_here(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http":
+        await PlainTextResponse("not found", status_code=404)(scope, receive, send)
+    else:
+        await send({"type": "websocket.close", "code": 1008})
+
+
+def parse_node_keys(content: bytes) -> dict[str, bytes]:
+    """Read the file with which the parent names the sites' keys: JSON, site to PEM."""
+    return {str(site): str(pem).encode() for site, pem in json.loads(content).items()}
+
+
+def format_node_keys(node_keys: Mapping[str, bytes]) -> bytes:
+    """Write what :func:`parse_node_keys` reads."""
+    return json.dumps({site: pem.decode() for site, pem in node_keys.items()}).encode()
