@@ -109,7 +109,10 @@ def run_client(cfg: DictConfig) -> None:
     site.session.refuse_if_halted()
     if site.session.failure is not None:
         raise site.session.failure
-    progress(f"the run is over; model: {site.model_file}")
+    kept = (
+        "the global model is not this site's to see" if kit.contribute_only else f"model: {site.model_file}"
+    )
+    progress(f"the run is over; {kept}")
 
 
 def _quieten_flower() -> None:

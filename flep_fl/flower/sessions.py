@@ -8,8 +8,8 @@ from pathlib import Path
 from flep_fl.config import Config, ckks_bound, ckks_max_examples, ckks_profile
 from flep_fl.contracts.errors import KitError
 from flep_fl.contracts.ports import ModelCipher
-from flep_fl.model_security.cipher import CkksModelCipher
-from flep_fl.model_security.keyring import CheckKey, ModelKey
+from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
+from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey
 from flep_fl.model_security.plain import PlainModelCipher
 from flep_fl.model_security.session import AnalystSession, Arrays, Membership
 from flep_fl.provision.kits import SiteKit
@@ -44,7 +44,10 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     encrypted = config.cloud.trust != "open"
     cipher: ModelCipher = PlainModelCipher("open")
     if encrypted:
-        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), profile)
+        if kit.contribute_only:
+            cipher = PublicModelCipher(PublicKey.from_bytes(kit.public_key or b""), profile)
+        else:
+            cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), profile)
         if cipher.key_id != federation.key_id:
             raise KitError(
                 f"The model key in {kit.folder} is not the federation's",
@@ -67,6 +70,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         site_keys=federation.site_keys(),
         cloud_key=federation.cloud_key(),
         clip=config.ckks.out_of_range == "clip",
+        contribute_only=kit.contribute_only,
     )
 
     def make(initial: Callable[[], Arrays]) -> AnalystSession:

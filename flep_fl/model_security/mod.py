@@ -124,9 +124,10 @@ class _CkksMod:
         elif not instruction.previous or session.figures:
             figures.update(session.figures)
             return
-        if self.on_model is not None:
+        contributes = session.membership.contribute_only  # it has no global model to write or evaluate
+        if self.on_model is not None and not contributes:
             self.on_model(session.model)
-        if self.evaluate is not None:
+        if self.evaluate is not None and not contributes:
             order = _plain_message(message, session.model, MessageType.EVALUATE, instruction)
             for record in self.evaluate(order, context).content.metric_records.values():
                 found.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})

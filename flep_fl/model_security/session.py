@@ -36,6 +36,7 @@ from flep_fl.contracts.errors import (
 from flep_fl.contracts.files import read_bytes, write_secret
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.contracts.protocol import Instruction
+from flep_fl.model_security import own_weights
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
 from flep_fl.model_security.contribution import average, weighted_vector
 from flep_fl.model_security.keyring import CheckKey
@@ -80,6 +81,8 @@ class Membership:
         Everybody's signature keys.
     clip
         Whether weights beyond the bound are clipped rather than refused (``ckks.out_of_range``).
+    contribute_only
+        Whether this site holds the public key only. It takes note of sums, and goes on from its own weights.
     """
 
     site: str
@@ -95,6 +98,7 @@ class Membership:
     site_keys: Mapping[str, Ed25519PublicKey]
     cloud_key: Ed25519PublicKey
     clip: bool = False
+    contribute_only: bool = False
 
 
 class AnalystSession:
@@ -138,6 +142,8 @@ class AnalystSession:
         self._first = initial()
         self.layout = ModelLayout.of(self._first)
         self.model: Arrays = self._first
+        if membership.contribute_only:
+            self.model = own_weights.load(state, self.layout) or self._first
         self._model_of = ""  # digest of the sum that ``model`` is the average of
         self.figures: Mapping[str, float] = {}
         """What this site has to say of the model of the last sum; empty until :meth:`keep_figures`."""
@@ -252,6 +258,7 @@ class AnalystSession:
     def _begin(self, run: str) -> None:
         if self.ledger.enter(run):
             self.model, self._model_of, self.figures, self.closed = self._first, "", {}, False
+            own_weights.forget(self._state)
 
     def _compare(self, instruction: Instruction) -> None:
         """Refuse an order that does not fit the run as this site knows it."""
@@ -373,6 +380,10 @@ class AnalystSession:
         Every header named the right key and the payload is what the cloud signed, so whatever fails here is
         the cloud's doing; it must not learn in which way, or it could try values one by one.
         """
+        if self.membership.contribute_only:
+            return (
+                self.model
+            )  # signatures and headers are verified; whoever can decrypt verifies the sum itself
         checked = self._check_key is not None
         try:
             values = self._cipher.decrypt(signed.payload, vector_length(self.layout.size, checked=checked))
@@ -446,6 +457,9 @@ class AnalystSession:
             vector = np.concatenate([vector, check_values])
         blob = seal_update(header, self._cipher.encrypt(vector), self._signing_key)
         self.ledger.record_upload(instruction.round, blob)
+        if m.contribute_only:
+            self.model = {tensor.name: np.array(arrays[tensor.name]) for tensor in self.layout.tensors}
+            own_weights.save(self._state, self.model)
         return blob
 
     def _context(self, number: int) -> ProjectionContext:

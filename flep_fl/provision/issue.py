@@ -61,14 +61,16 @@ def keys_for(
 ) -> dict[str, bytes]:
     """Return ``keys.wrapped`` of a party, or nothing for one that gets no key.
 
-    A trusted cloud gets the model key alone, a contribute-only site everything but the model key.
+    A trusted cloud gets the model key alone, an analyst the model key and the check key, and a
+    contribute-only site the public key and the check key.
     """
     if party == CLOUD and federation.trust == "trusted":
         theirs = replace(keys, check_key=b"", public_key=None)
         recipient = federation.cloud_encryption_key
     elif party in federation.sites:
         site = federation.sites[party]
-        theirs = keys if site.role == ANALYST else replace(keys, model_key=None)
+        analyst = site.role == ANALYST
+        theirs = replace(keys, public_key=None) if analyst else replace(keys, model_key=None)
         recipient = site.encryption_key
     else:
         return {}

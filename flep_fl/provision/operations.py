@@ -40,6 +40,7 @@ from flep_fl.provision.settings import (
     Revise,
     Shared,
     check_names,
+    check_roles,
     host_names,
     is_loopback,
     settled,
@@ -116,6 +117,7 @@ def create_kits(
         When a name or an address is unusable or ``out`` holds kits.
     """
     check_names(sites)
+    check_roles(shared, sites)
     wanted = tls_wanted(tls, address)
     names = host_names(address, hosts)
     with locked(out):
@@ -167,6 +169,7 @@ def add_sites(
                 remedy="Choose another name; for new keys, revoke the site, remove its old kit and add it",
             )
         shared = settled(old.shared, len(old.sites) + len(sites), revise)
+        check_roles(shared, [*old.sites, *sites])
         new = {name: new_site(name, shared) for name in sites}
         federation = replace(
             old,
@@ -453,8 +456,12 @@ def _new_keys(generation: int, shared: Shared) -> tuple[GenerationKeys, bytes]:
     from flep_fl.model_security.keyring import CheckKey, ModelKey
     from flep_fl.model_security.profiles import get_profile
 
-    model_key = ModelKey.generate(get_profile(shared["ckks"]["profile"]))
+    ckks = shared["ckks"]
+    profile = get_profile(ckks["profile"], ckks.get("encryption", "symmetric"))
+    model_key = ModelKey.generate(profile)
+    # Sites with the model key make public keys of their own; one is handed to those that only contribute.
+    public = model_key.public_key(profile).to_bytes() if profile.encryption == "public" else None
     keys = GenerationKeys(
-        generation, model_key.key_id, model_key.to_bytes(), None, CheckKey.generate().to_bytes()
+        generation, model_key.key_id, model_key.to_bytes(), public, CheckKey.generate().to_bytes()
     )
     return keys, model_key.public_context()

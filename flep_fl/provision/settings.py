@@ -114,6 +114,23 @@ def check_names(sites: Sequence[str]) -> None:
         )
 
 
+def check_roles(shared: Shared, sites: Sequence[str]) -> None:
+    """Refuse settings that name sites which the federation does not have.
+
+    Raises
+    ------
+    ConfigError
+        Naming them.
+    """
+    unknown = sorted(set(shared["ckks"].get("contribute_only") or ()) - set(sites))
+    if unknown:
+        raise ConfigError(
+            f"ckks.contribute_only names {', '.join(unknown)}",
+            expected="some of " + ", ".join(sites),
+            remedy="Name sites of the federation",
+        )
+
+
 def host_names(address: str, hosts: Sequence[str]) -> list[str]:
     """Return the cloud's names for its certificate, that of its address first.
 
