@@ -21,7 +21,8 @@ Location = Path | str
 
 _BUSY_SECONDS = 60
 _WRITE_LOCK = 0x666C6570  # PostgreSQL's advisory lock: one writing transaction at a time, as in SQLite
-_CHECKPOINT_PAGES = 8192  # 32 MB: large images would otherwise force a checkpoint every few commits
+_PAGE_BYTES = 16384  # images are large
+_CHECKPOINT_PAGES = 2048  # 32 MB: large images would otherwise force a checkpoint every few commits
 _WRITE_FAILURES = {"SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_TRUNCATE", "SQLITE_FULL"}
 _PG_FULL = {"53100", "58030"}  # disk_full, io_error
 
@@ -33,6 +34,8 @@ class Database:
     ----------
     location
         SQLite file or database URL.
+    read_only
+        Open a SQLite file that nobody writes (a backup) and leave it as it is.
 
     Raises
     ------
@@ -42,7 +45,7 @@ class Database:
         The driver is not installed.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, *, read_only: bool = False) -> None:
         self.url = database_url(location)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.name = str(self.url.database) if self.is_sqlite else self.url.render_as_string()
@@ -52,15 +55,19 @@ class Database:
         options: dict[str, Any] = {"hide_parameters": True, "pool_pre_ping": not self.is_sqlite}
         if self.is_sqlite:
             options["connect_args"] = {"timeout": _BUSY_SECONDS}
+        url = self.url
+        if read_only:
+            query = {"mode": "ro", "immutable": "1", "uri": "true"}
+            url = url.set(database=Path(self.name).resolve().as_uri(), query=query)
         try:
-            self.engine: Engine = create_engine(self.url, pool_size=16, max_overflow=32, **options)
+            self.engine: Engine = create_engine(url, pool_size=16, max_overflow=32, **options)
         except (ImportError, NoSuchModuleError) as exc:
             raise MissingExtraError(
                 f"the database {self.name} needs a driver that is not installed",
                 remedy="Run: pip install -e '.[postgres]' and use postgresql+psycopg://",
             ) from exc
         if self.is_sqlite:
-            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "connect", _prepare_reader if read_only else _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         self._writer = self.engine.execution_options(flep_write=True)
 
@@ -114,6 +121,7 @@ class Database:
         with named_errors(self.name), self._lock, self.engine.connect() as connection:
             outside = connection.execution_options(isolation_level="AUTOCOMMIT")
             outside.execute(text("VACUUM (FULL) records"))
+            outside.execute(text("VACUUM (FULL) devices"))
             outside.execute(text("VACUUM images"))
             outside.execute(text("VACUUM released"))
 
@@ -165,6 +173,7 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     for pragma in (
+        f"page_size={_PAGE_BYTES}",  # heeded by a new file alone
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
@@ -173,6 +182,10 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _prepare_reader(connection: Any, _record: object) -> None:
+    connection.isolation_level = None
 
 
 def _begin_sqlite(connection: Connection) -> None:

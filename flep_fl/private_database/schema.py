@@ -93,6 +93,14 @@ images = Table(
     Column("sealed_image", LargeBinary, nullable=False),
 )
 
+devices = Table(
+    "devices",
+    metadata,
+    Column("device_index", LargeBinary, primary_key=True),
+    Column("sealed", LargeBinary, nullable=False),
+)
+"""The largest sequence number of every device; it outlives the device's records."""
+
 released = Table(
     "released",
     metadata,

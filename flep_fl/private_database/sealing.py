@@ -72,11 +72,17 @@ def wrapping_key(owner_key: bytes, salt: bytes) -> bytes:
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=_WRAP_LABEL).derive(owner_key)
 
 
-def blind_index(key: bytes, what: str, *parts: str) -> bytes:
-    """Return a keyed hash (32 bytes) by which a row is found without saying what it is about."""
-    subkey = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=_INDEX_LABEL).derive(key)
-    message = json.dumps([what, *parts], ensure_ascii=True).encode()
-    return hmac.digest(subkey, message, "sha256")
+def index_key(key: bytes) -> bytes:
+    """Derive the key of the lookup hashes (32 bytes) from the wrapping key."""
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=_INDEX_LABEL).derive(key)
+
+
+def blind_index(subkey: bytes, what: str, *parts: str) -> bytes:
+    """Return a keyed hash (32 bytes) by which a row is found without saying what it is about.
+
+    ``subkey`` is :func:`index_key` of the database's wrapping key.
+    """
+    return hmac.digest(subkey, json.dumps([what, *parts], ensure_ascii=True).encode(), "sha256")
 
 
 def seal(key: bytes, plain: bytes, *, what: str, place: str) -> bytes:

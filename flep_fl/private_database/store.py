@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Self
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from flep_fl.contracts.errors import (
@@ -40,6 +41,7 @@ from flep_fl.private_database.sealing import (
     Unsealable,
     pack_image,
     pack_tags,
+    padded,
     seal,
     unpack_image,
     unpack_tags,
@@ -51,6 +53,7 @@ from flep_fl.private_database.writer import GroupWriter
 _BATCH = 32  # records in memory at once
 _CHUNK = 500  # rows, or values in one IN list
 _UNIFORM = 1 << 32
+_SET_SEQUENCE = update(schema.devices).where(schema.devices.c.device_index == bindparam("row"))
 
 
 class OwnerDatabase(Catalogue):
@@ -72,8 +75,8 @@ class OwnerDatabase(Catalogue):
         It is missing, no such database, of another owner key, or written by a newer release.
     """
 
-    def __init__(self, location: Location, owner_key: bytes) -> None:
-        super().__init__(location, owner_key)
+    def __init__(self, location: Location, owner_key: bytes, *, read_only: bool = False) -> None:
+        super().__init__(location, owner_key, read_only=read_only)
         self._known_datasets: dict[str, Dataset] = {}
         self._writer: GroupWriter | None = None
         self._lock = threading.Lock()
@@ -283,7 +286,46 @@ class OwnerDatabase(Catalogue):
                     continue
                 outcomes.append(self._repeated(connection, row["capture"], same))
             self._insert(connection, fresh)
+            self._remember_sequences(connection, [row["capture"] for row in fresh])
         return outcomes
+
+    def last_sequence(self, device_id: str) -> int | None:
+        """Return the largest sequence number ever stored for a device; deletions do not lower it."""
+        index = self.blind_index("device", device_id)
+        with self.database.read() as connection:
+            return self._last_sequences(connection, {device_id: index}).get(device_id)
+
+    def _last_sequences(self, connection: Connection, indexes: Mapping[str, bytes]) -> dict[str, int]:
+        columns = schema.devices.c
+        query = select(columns.device_index, columns.sealed).where(
+            columns.device_index.in_(list(indexes.values()))
+        )
+        found = {}
+        for row in connection.execute(query):
+            content = json.loads(self.unseal(row.sealed, what="device", place=row.device_index.hex()))
+            found[str(content["device"])] = int(content["last"])
+        return found
+
+    def _remember_sequences(self, connection: Connection, captures: Sequence[Capture]) -> None:
+        largest: dict[str, int] = {}
+        for capture in captures:
+            largest[capture.device_id] = max(capture.sequence, largest.get(capture.device_id, -1))
+        indexes = {device: self.blind_index("device", device) for device in largest}
+        known = self._last_sequences(connection, indexes)
+        fresh, changed = [], []
+        for device, index in indexes.items():
+            if largest[device] <= known.get(device, -1):
+                continue
+            content = padded(json.dumps({"device": device, "last": largest[device]}).encode(), 256)
+            sealed = self.seal(content, what="device", place=index.hex())
+            if device in known:
+                changed.append({"row": index, "sealed": sealed})
+            else:
+                fresh.append({"device_index": index, "sealed": sealed})
+        if fresh:
+            connection.execute(insert(schema.devices), fresh)
+        if changed:
+            connection.execute(_SET_SEQUENCE, changed)
 
     def _known(
         self, connection: Connection, rows: Sequence[dict[str, Any]]

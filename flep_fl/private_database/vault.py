@@ -22,6 +22,7 @@ from flep_fl.private_database.sealing import (
     KEY_BYTES,
     Unsealable,
     blind_index,
+    index_key,
     padded,
     seal,
     unseal,
@@ -40,6 +41,8 @@ class Vault:
         The SQLite file (WAL files beside it), or the URL of a PostgreSQL database.
     owner_key
         32 random bytes that stay with the owner.
+    read_only
+        Open a file that nobody writes (a backup) and leave it as it is.
 
     Raises
     ------
@@ -47,9 +50,9 @@ class Vault:
         It is missing, no such database, of another owner key, or written by a newer release.
     """
 
-    def __init__(self, location: Location, owner_key: bytes) -> None:
+    def __init__(self, location: Location, owner_key: bytes, *, read_only: bool = False) -> None:
         check_key(owner_key)
-        self.database = _existing(location)
+        self.database = _existing(location, read_only=read_only)
         try:
             upgrade(self.database, owner_key)
             with self.database.read() as connection:
@@ -58,6 +61,7 @@ class Vault:
                 raise DatabaseError(f"the private database has no head: {self.database.name}")
             self._salt: bytes = row.salt
             self._key = wrapping_key(owner_key, self._salt)
+            self._index_key = index_key(self._key)
             unseal(self._key, row.sealed, what="description", place="meta")
         except Unsealable as exc:
             self.database.close()
@@ -107,7 +111,7 @@ class Vault:
 
     def blind_index(self, what: str, *parts: str) -> bytes:
         """Return the keyed hash by which a row is found."""
-        return blind_index(self._key, what, *parts)
+        return blind_index(self._index_key, what, *parts)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -128,14 +132,24 @@ class Vault:
                 remedy="Start again with the new key",
             )
 
+    def adopt_key(self, key: bytes, salt: bytes) -> None:
+        """Go on under a new wrapping key, after a rotation by this very object."""
+        self._key, self._salt, self._index_key = key, salt, index_key(key)
+
     def seal_json(self, content: Mapping[str, Any], *, what: str, place: str) -> bytes:
         """Seal a small mapping, padded so that the length says little."""
         plain = padded(json.dumps(content).encode(), _DESCRIPTION_BYTES)
         return self.seal(plain, what=what, place=place)
 
 
-def make_tables(location: Location, owner_key: bytes) -> None:
-    """Make an empty database's tables and head; raise :class:`DatabaseError` where something is already."""
+def make_tables(location: Location, owner_key: bytes | None) -> None:
+    """Make an empty database's tables, and its head where a key is given.
+
+    Raises
+    ------
+    DatabaseError
+        There is something already.
+    """
     url = database_url(location)
     if url.get_backend_name() == "sqlite":
         create_file(Path(str(url.database)))
@@ -150,6 +164,8 @@ def make_tables(location: Location, owner_key: bytes) -> None:
                 remedy="Choose another one",
             )
         upgrade(database, fresh=True)
+        if owner_key is None:
+            return
         salt = secrets.token_bytes(KEY_BYTES)
         plain = padded(json.dumps({"format": schema.FORMAT_VERSION}).encode(), _DESCRIPTION_BYTES)
         sealed = seal(wrapping_key(owner_key, salt), plain, what="description", place="meta")
@@ -160,12 +176,13 @@ def make_tables(location: Location, owner_key: bytes) -> None:
         database.close()
 
 
-def _existing(location: Location) -> Database:
-    database = Database(location)
+def _existing(location: Location, *, read_only: bool) -> Database:
+    database = Database(location, read_only=read_only)
     if database.is_sqlite:
         if not database.path.is_file():
             raise DatabaseError(
                 f"the private database does not exist: {database.path}", remedy="Create it first"
             )
-        database.path.chmod(0o600)
+        if not read_only:
+            database.path.chmod(0o600)
     return database

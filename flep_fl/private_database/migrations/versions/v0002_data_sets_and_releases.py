@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import context, op
 
-from flep_fl.private_database.sealing import blind_index, padded, seal, unseal, wrapping_key
+from flep_fl.private_database.sealing import blind_index, index_key, padded, seal, unseal, wrapping_key
 
 revision = "0002"
 down_revision = "0001"
@@ -28,12 +28,15 @@ def upgrade() -> None:
         sa.text("SELECT record_id, sealed_grant, released_at FROM releases ORDER BY id")
     ).all()
     op.drop_table("releases")
+    op.add_column("meta", sa.Column("sealed_clock", sa.LargeBinary))
+    if head is None:  # a database that is being made
+        op.drop_table("records")
+        _create_tables()
+        return
     op.rename_table("records", "records_1")
     _create_tables()
-    op.add_column("meta", sa.Column("sealed_clock", sa.LargeBinary))
-    if head is not None:
-        key = wrapping_key(context.config.attributes["owner_key"], head.salt)
-        _move(connection, key, head.sealed, log)
+    key = wrapping_key(context.config.attributes["owner_key"], head.salt)
+    _move(connection, key, head.sealed, log)
     op.drop_table("records_1")
 
 
@@ -46,7 +49,7 @@ def _move(connection: sa.Connection, key: bytes, sealed: bytes, log: Sequence[An
         "test_fraction": _TEST_FRACTION,
         "noise_secret": None,
     }
-    index = blind_index(key, "dataset", name)
+    index = blind_index(index_key(key), "dataset", name)
     connection.execute(
         sa.text(
             "INSERT INTO datasets (id, name_index, sealed, epoch, releases) VALUES (1, :index, :sealed, 0, 0)"
@@ -119,6 +122,11 @@ def _create_tables() -> None:
         "images",
         sa.Column("seq", _ROW, sa.ForeignKey("records.seq"), primary_key=True, autoincrement=False),
         sa.Column("sealed_image", sa.LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "devices",
+        sa.Column("device_index", sa.LargeBinary, primary_key=True),
+        sa.Column("sealed", sa.LargeBinary, nullable=False),
     )
     op.create_table(
         "released",
