@@ -45,9 +45,13 @@ SHARED_SECTIONS = ("seed", "cloud", "ckks", "model", "train", "federation", "den
 
 @dataclass
 class CloudConfig:
-    """Who may see the model: ``untrusted``, ``trusted`` or ``open``."""
+    """Who may see the model: ``untrusted``, ``trusted``, ``mixed`` or ``open``.
+
+    ``trusting``: with ``mixed``, the sites that send the cloud their weights in the clear.
+    """
 
     trust: str = "untrusted"
+    trusting: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -291,7 +295,7 @@ def check(config: Config) -> None:
         f"sites names {len(config.sites)} sites and federation.sites={config.federation.sites}",
         "Give one of the two, or make them agree",
     )
-    _one_of("cloud", config.cloud.trust, ("untrusted", "trusted", "open"))
+    _one_of("cloud", config.cloud.trust, ("untrusted", "trusted", "mixed", "open"))
     _one_of("cipher.name", config.cipher.name, ("flep", "paper", "aead", "none"), targets)
     for layer in config.cipher.layers or ():
         _one_of("cipher.layers", layer, ("scramble", "encode", "noise", "mask", "envelope"))
@@ -477,6 +481,7 @@ def _check_federation(config: Config) -> None:
         "Lower federation.quorum or raise federation.fraction",
     )
     federated_optimiser(config)
+    _check_trust(config)
     check_federation(
         ckks_profile(config),
         sites=federation.sites,
@@ -543,6 +548,31 @@ def ckks_line(config: Config) -> str:
         bound=ckks_bound(config),
         max_examples=ckks_max_examples(config),
     )
+
+
+def _check_trust(config: Config) -> None:
+    trusting = config.cloud.trusting
+    _require(
+        not trusting or config.cloud.trust == "mixed",
+        f"cloud.trusting={trusting} fits cloud=mixed only",
+        "Set cloud=mixed, or cloud.trusting=[]",
+    )
+    _require(
+        config.cloud.trust != "mixed" or config.ckks.scheme == "ckks",
+        f"cloud=mixed fits ckks.scheme=ckks only, not {config.ckks.scheme}",
+        "Set ckks.scheme=ckks, or choose another trust mode",
+    )
+    unknown = sorted(set(trusting) - set(config.sites)) if config.sites else []
+    _require(
+        not unknown and len(set(trusting)) == len(trusting),
+        f"cloud.trusting={trusting} names a site twice or one that is not in sites",
+        "Name sites of the federation, each once",
+    )
+
+
+def update_mode(config: Config) -> str:
+    """Return what updates are: ``ckks``, ``mixed`` or ``open``."""
+    return config.cloud.trust if config.cloud.trust in ("mixed", "open") else "ckks"
 
 
 def federated_optimiser(config: Config) -> OptimiserSettings:

@@ -371,6 +371,12 @@ class TooFewContributorsError(UpdateError):
     code = "too_few_contributors"
 
 
+class ConsentError(KitError):
+    """A mixed federation lacks the consent of a site."""
+
+    code = "consent"
+
+
 class OptimiserStateError(FlepError):
     """The state of a federated optimiser is damaged, missing, or belongs to another model."""
 

@@ -15,13 +15,15 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
-from flep_fl.config import Config, ckks_profile, effective_quorum, participants
+from flep_fl.config import Config, ckks_profile, effective_quorum, participants, update_mode
 from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.records import RoundRecord
+from flep_fl.flower.consent import require_consent
 from flep_fl.flower.models import write_model
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.model_security.adder import KeylessAdder, PlainAdder
 from flep_fl.model_security.layout import Arrays, ModelLayout
+from flep_fl.model_security.mixed import MixedAdder
 from flep_fl.model_security.profiles import vector_length
 from flep_fl.provision.kits import CloudKit
 from flep_fl.reporting.results import write_rounds
@@ -65,11 +67,12 @@ def cloud_strategy(
 def cloud_terms(kit: CloudKit, config: Config) -> Terms:
     """Return what the cloud knows of its federation."""
     federation, encrypted = kit.federation, config.cloud.trust != "open"
+    require_consent(federation, config)
     return Terms(
         federation=federation.federation,
         key_id=federation.key_id if encrypted else "open",
         profile=ckks_profile(config).digest,
-        mode="ckks" if encrypted else "open",
+        mode=update_mode(config),
         shared=federation.agreement,
         digest=federation.digest,
         site_keys=federation.site_keys(),
@@ -86,7 +89,11 @@ def adder_factory(kit: CloudKit, config: Config) -> Callable[[int], Adder]:
 
     def make_adder(parameters: int) -> Adder:
         length = vector_length(parameters, checked=encrypted)
-        return KeylessAdder(kit.context, profile, length) if encrypted else PlainAdder(length)
+        if not encrypted:
+            return PlainAdder(length)
+        if config.cloud.trust == "mixed":
+            return MixedAdder(kit.context, profile, length)
+        return KeylessAdder(kit.context, profile, length)
 
     return make_adder
 
@@ -103,14 +110,14 @@ def cloud_app(strategy: EncryptedFedAvg) -> ServerApp:
 
 
 def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout], Arrays] | None:
-    """Return what opens a sum to the model that it is the average of; None for an untrusted cloud.
+    """Return what opens a sum to the model that it is the average of; None for a cloud that holds no key.
 
     Parameters
     ----------
     kit, config
         As in :func:`cloud_strategy`.
     """
-    if config.cloud.trust == "untrusted":
+    if config.cloud.trust in ("untrusted", "mixed"):
         return None
     from flep_fl.model_security.contribution import average
 
@@ -135,7 +142,7 @@ def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout]
 def _model_writer(
     kit: CloudKit, config: Config, out: Path
 ) -> Callable[[int, bytes, ModelLayout], None] | None:
-    """Return what stores the global model after each sum; None for an untrusted cloud."""
+    """Return what stores the global model after each sum; None for a cloud that holds no key."""
     opened = model_opener(kit, config)
     if opened is None:
         return None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flep_fl.config import Config, ckks_bound, ckks_max_examples, ckks_profile
+from flep_fl.config import Config, ckks_bound, ckks_max_examples, ckks_profile, update_mode
 from flep_fl.contracts.errors import KitError
 from flep_fl.contracts.ports import ModelCipher
+from flep_fl.flower.consent import sends_plain_weights
 from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey
+from flep_fl.model_security.mixed import TrustingModelCipher
 from flep_fl.model_security.plain import PlainModelCipher
 from flep_fl.model_security.session import AnalystSession, Arrays, Membership
 from flep_fl.provision.kits import SiteKit
@@ -38,6 +40,8 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     ------
     KitError
         When the model key is not the federation's.
+    ConsentError
+        When the federation is a mixed one and this site's kit does not consent.
     """
     federation = kit.federation
     profile = ckks_profile(config)
@@ -55,13 +59,15 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
                 found=f"key {cipher.key_id}",
                 remedy="Use the kits as they were provisioned; do not mix them",
             )
+    if sends_plain_weights(kit, config):
+        cipher = TrustingModelCipher(cipher, profile)
     check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
     membership = Membership(
         site=kit.name,
         federation=federation.federation,
         config=federation.digest,
         shared=federation.agreement,
-        mode="ckks" if encrypted else "open",
+        mode=update_mode(config),
         profile=profile,
         bound=ckks_bound(config),
         max_examples=ckks_max_examples(config),

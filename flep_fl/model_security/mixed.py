@@ -24,7 +24,7 @@ from flep_fl.contracts.ports import Float64Vector, ModelCipher
 from flep_fl.model_security._parameters import seal_parameters
 from flep_fl.model_security._scratch import ScratchFile
 from flep_fl.model_security.adder import KeylessAdder
-from flep_fl.model_security.ciphertext_format import assemble_vector, check_ciphertext
+from flep_fl.model_security.ciphertext_format import CheckedPayload, assemble_vector
 from flep_fl.model_security.profiles import CHECK_SLOTS, Profile
 
 _MAGIC: Final = b"FLEPMX1\n"
@@ -126,10 +126,10 @@ class MixedAdder:
         sums = np.add.reduceat(np.abs(total), range(0, total.size, step))
         if not bool((sums <= self._profile.headroom / 2 * self._profile.slots).all()):  # refuses a NaN, too
             raise CiphertextError("The plain payload holds a value that is not finite or too large")
-        blobs = check_ciphertext(zero, self._profile, 1, allow_seeded=self._profile.seeded)
+        (blob,) = CheckedPayload(zero, self._profile, 1, allow_seeded=self._profile.seeded_uploads)
         self._tails.add(tail)
         self._plain = total
-        self._zero = self._zero or blobs[0]
+        self._zero = self._zero or blob
 
     def result(self) -> bytes:
         """Serialise the sum, an ordinary ciphertext.
@@ -176,7 +176,7 @@ class MixedAdder:
     def _blobs(self, adder: KeylessAdder, length: int) -> list[bytes]:
         if adder.count == 0:
             return []
-        return list(check_ciphertext(adder.result(), self._profile, length, allow_seeded=False))
+        return list(CheckedPayload(adder.result(), self._profile, length, allow_seeded=False))
 
     def _encoded(self, encoder: Any, index: int) -> Any:
         """Encode one ciphertext's share of the plain sum as SEAL's plaintext; None where it is all zero."""

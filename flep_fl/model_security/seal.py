@@ -31,7 +31,7 @@ from flep_fl.contracts.errors import (
 )
 from flep_fl.model_security import _canonical
 
-MODES: Final = ("ckks", "open")
+MODES: Final = ("ckks", "mixed", "open")
 NONCE_BYTES: Final = 16
 
 _LENGTH: Final = struct.Struct(">I")
@@ -81,7 +81,7 @@ class UpdateHeader:
     layout, profile, config
         SHA-256 digests of the model's layout, the CKKS profile and the shared configuration.
     mode
-        ``ckks`` or ``open``.
+        ``ckks``, ``mixed`` (some sites' weights are plain) or ``open``.
     payload_sha256, payload_bytes
         Digest and length of the payload; :func:`seal_update` fills them in.
     """
