@@ -7,7 +7,7 @@ coefficients (and seeds) in as many bytes as they need, so that
 - its size is known exactly, nothing is decompressed, and there is no field that could contradict another:
   what SEAL gets (header, parameters, scale) is written here, on the receiver's side.
 
-Layout: ``"FLEPCT1" || form``, then for every ciphertext the first polynomial, one residue polynomial per
+Layout: ``"FLEPCV1" || form``, then for every ciphertext the first polynomial, one residue polynomial per
 prime, and, in form ``s``, SEAL's 64-byte seed of the second (Blake2xb, SEAL's default generator), or, in
 form ``f``, the second polynomial itself. Coefficients are little-endian, in NTT form: 40-bit and 48-bit
 primes in 5 and 6 bytes, 60-bit primes in 15 bytes a pair.
@@ -28,7 +28,7 @@ from flep_fl.model_security.profiles import Profile
 
 SEED_BYTES = 64
 
-_MAGIC = b"FLEPCT1"
+_MAGIC = b"FLEPCV1"
 _SEEDED, _FULL = b"s", b"f"
 _HEAD = len(_MAGIC) + 1
 

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from flep_fl.contracts.errors import LayoutError
 from flep_fl.model_security.contribution import average, weighted_vector
-from flep_fl.model_security.layout import ModelLayout
+from flep_fl.model_security.layout import FIXED_DTYPES, ModelLayout
 
 FLOATS = st.sampled_from([np.float16, np.float32, np.float64])
 TENSOR = FLOATS.flatmap(
@@ -18,7 +18,12 @@ TENSOR = FLOATS.flatmap(
         elements=hnp.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False),
     )
 )
-MODEL = st.dictionaries(st.text(max_size=12), TENSOR, min_size=1, max_size=5)
+FIXED = st.sampled_from(FIXED_DTYPES).flatmap(
+    lambda dtype: hnp.arrays(dtype, hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3))
+)
+MODEL = st.dictionaries(st.text(max_size=12), st.one_of(TENSOR, FIXED), max_size=5).flatmap(
+    lambda model: TENSOR.map(lambda tensor: model | {"a float at least": tensor})
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -26,7 +31,7 @@ MODEL = st.dictionaries(st.text(max_size=12), TENSOR, min_size=1, max_size=5)
 def test_flatten_and_unflatten_are_inverse(model):
     layout = ModelLayout.of(model)
     flat = layout.flatten(model)
-    assert flat.size == layout.size
+    assert flat.size == layout.size == sum(a.size for a in model.values() if a.dtype.kind == "f")
     restored = layout.unflatten(flat)
     assert list(restored) == list(model)
     for name, array in model.items():

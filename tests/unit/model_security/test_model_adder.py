@@ -82,7 +82,7 @@ def broken_payloads(payload: bytes, other: bytes) -> dict[str, bytes]:
     return {
         "empty": b"",
         "head alone": payload[:8],
-        "other magic": b"FLEPCT2" + payload[7:],
+        "other magic": b"FLEPCV2" + payload[7:],
         "unknown form": payload[:7] + b"x" + payload[8:],
         "full form claimed": payload[:7] + b"f" + payload[8:],
         "truncated": payload[:-1],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flep_fl.contracts.errors import LayoutError, WeightRangeError
+from flep_fl.model_security.contribution import average, weighted_vector
 from flep_fl.model_security.layout import ModelLayout
 
 
@@ -67,9 +68,97 @@ def test_values_that_are_not_finite_are_refused_by_tensor_name(bad):
         ModelLayout.of(model).flatten(model)
 
 
-def test_integer_buffers_are_not_supported_yet():
-    with pytest.raises(LayoutError, match=r"'steps'.*not supported yet.*GroupNorm"):
-        ModelLayout.of(arrays() | {"steps": np.array(3)})
+def test_integers_and_bools_are_not_sent_and_stay_those_of_the_first_model():
+    first = arrays() | {"steps": np.array(3), "mask": np.array([True, False]), "big": np.array(2**64 - 1)}
+    layout = ModelLayout.of(first)
+    assert layout.size == ModelLayout.of(arrays()).size
+    trained = first | {"steps": np.array(70), "mask": np.array([False, False])}
+    restored = layout.unflatten(layout.flatten(trained))
+    assert list(restored) == list(first)
+    for name in ("steps", "mask", "big"):
+        assert restored[name].dtype == first[name].dtype and np.array_equal(restored[name], first[name])
+    again = ModelLayout.from_json(layout.to_json())
+    assert again == layout and again.unflatten(layout.flatten(first))["big"] == 2**64 - 1
+    # sites that start with different ones do not have the same model
+    assert ModelLayout.of(trained).digest != layout.digest
+    with pytest.raises(LayoutError, match="'steps'"):
+        layout.flatten(first | {"steps": np.array(3, dtype=np.int32)})
+
+
+def test_a_model_of_integers_only_or_of_too_many_is_refused():
+    with pytest.raises(LayoutError, match="no parameters"):
+        ModelLayout.of({"steps": np.array(3)})
+    for tables in ({"a": np.zeros(65537, int)}, {"a": np.zeros(65536, bool), "b": np.zeros(1, bool)}):
+        with pytest.raises(LayoutError, match=r"65536.*65537.*persistent=False"):
+            ModelLayout.of(arrays() | tables)
+
+
+def test_a_description_beyond_what_travels_is_refused():
+    with pytest.raises(LayoutError, match="too long"):
+        ModelLayout.of(arrays() | {"table": np.full(50_000, -(10**17))})
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "longdouble", "U3", "V2", "O", "M8[s]"])
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises(LayoutError, match=r"'odd' has dtype .*\.float\(\)"):
+        ModelLayout.of(arrays() | {"odd": np.zeros(2, dtype=dtype)})
+
+
+def test_bfloat16_does_not_reach_the_layout():
+    """Flower's own Array refuses it; this is why the layout has no rule for it."""
+    torch, app = pytest.importorskip("torch"), pytest.importorskip("flwr.app")
+    with pytest.raises(TypeError, match="BFloat16"):
+        app.Array(torch.zeros(2, dtype=torch.bfloat16))
+
+
+def test_a_variance_is_never_negative():
+    layout = ModelLayout.of(
+        {"bn.running_var": np.zeros(3, np.float32), "bn.running_mean": np.zeros(3, np.float32)}
+    )
+    model = layout.unflatten(np.array([-1e-6, 0.0, 2.0, -1e-6, 0.0, 2.0]))
+    assert model["bn.running_var"].tolist() == [0.0, 0.0, 2.0]
+    assert model["bn.running_mean"][0] < 0
+
+
+def test_a_network_with_batch_norm_and_tied_weights_averages_as_stated():
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.encode = torch.nn.Linear(4, 4)
+            self.norm = torch.nn.BatchNorm1d(4)
+            self.halved = torch.nn.Parameter(torch.randn(3).half())
+            self.empty = torch.nn.Parameter(torch.zeros(0, 2))
+            self.decode = torch.nn.Linear(4, 4)
+            self.decode.weight = self.encode.weight  # tied
+
+    def state(net: Net) -> dict[str, np.ndarray]:
+        return {name: value.detach().numpy().copy() for name, value in net.state_dict().items()}
+
+    first = state(Net(0))
+    layout = ModelLayout.of(first)
+    sites = []
+    for seed, examples in ((1, 10), (2, 30)):
+        net = Net(seed)
+        for _ in range(seed):
+            net.norm(torch.randn(8, 4) * seed)
+        sites.append((state(net), examples))
+    total = sum(weighted_vector(layout.flatten(model), n, 100, 64.0) for model, n in sites)
+    mean = layout.unflatten(average(total))
+    assert [int(model["norm.num_batches_tracked"]) for model, _ in sites] == [1, 2]
+    assert int(mean["norm.num_batches_tracked"]) == 0  # the first model's
+    for name in ("norm.running_mean", "norm.running_var", "encode.bias", "halved"):
+        expected = np.average([model[name].astype(float) for model, _ in sites], axis=0, weights=[10, 30])
+        assert mean[name].dtype == first[name].dtype
+        assert np.allclose(mean[name], expected, atol=1e-3 if name == "halved" else 1e-6)
+    assert mean["empty"].shape == (0, 2)
+    assert np.array_equal(mean["encode.weight"], mean["decode.weight"])
+    net = Net(3)
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in mean.items()})
+    assert net.decode.weight is net.encode.weight
+    assert np.array_equal(state(net)["encode.weight"], mean["decode.weight"])
 
 
 def test_unflatten_refuses_another_length_and_values_beyond_the_dtype():
@@ -87,6 +176,12 @@ def test_unflatten_refuses_another_length_and_values_beyond_the_dtype():
         "[]",
         "[1]",
         '[["a",[2],"int8"]]',
+        '[["w",[1],"float32"],["a",[2],"int8",[1]]]',
+        '[["w",[1],"float32"],["a",[1],"int8",[128]]]',
+        '[["w",[1],"float32"],["a",[1],"bool",[true]]]',
+        '[["w",[1],"float32"],["a",[1],"uint8",[1.0]]]',
+        '[["w",[1],"float32",[1]]]',
+        '[["a",[],"int64",[1]]]',
         '[["a",[-1],"float32"]]',
         '[["a",[true],"float32"]]',
         '[["a", [2], "float32"]]',  # spaces: not canonical
