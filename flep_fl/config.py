@@ -239,6 +239,7 @@ class Config:
     kit: str = ""
     archive: str = ""
     out: str = ""
+    resume: str = ""
 
 
 def register() -> None:

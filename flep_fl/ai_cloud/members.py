@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Message
@@ -20,6 +21,7 @@ from flep_fl.contracts.errors import (
     MalformedUpdateError,
     QuorumError,
     SignatureError,
+    StaleCheckpointError,
     StaleUpdateError,
 )
 from flep_fl.contracts.protocol import FLEP_RECORD, OK
@@ -62,6 +64,9 @@ class Members:
         Makes the hello message for ``(node, challenge)``.
     say
         Takes one line of progress.
+    compare
+        Takes a site's name and its introduction; raises StaleUpdateError where the site has seen more of the
+        run than this cloud has.
     present
         The members by node id.
     joined
@@ -74,34 +79,53 @@ class Members:
     site_keys: Mapping[str, Ed25519PublicKey]
     hello: Callable[[int, str], Message]
     say: Callable[[str], None]
+    compare: Callable[[str, Mapping[str, Any]], None] = lambda _site, _identity: None
     present: dict[int, Member] = field(default_factory=dict)
     joined: set[str] = field(default_factory=set)
     layout: ModelLayout | None = None
     _refused: dict[int, str] = field(default_factory=dict)
     _ask_again: dict[int, float] = field(default_factory=dict)
 
-    def gather(self, grid: Grid, *, quorum: int, timeout: float) -> None:
-        """Wait until every site of the kit has joined, or for ``timeout`` seconds.
+    def gather(
+        self,
+        grid: Grid,
+        *,
+        quorum: int,
+        timeout: float,
+        wanted: Set[str] | None = None,
+        resumed: bool = False,
+    ) -> None:
+        """Wait until every wanted site (None: of the kit) has joined, or for ``timeout`` seconds.
 
         Raises
         ------
         QuorumError
             When fewer than ``quorum`` sites joined.
+        StaleCheckpointError
+            When that is so in a ``resumed`` run because sites refused what they have gone on from.
         """
-        wanted = set(self.site_keys)
+        wanted = wanted or set(self.site_keys)
         self.say(f"waiting for {len(wanted)} sites")
         deadline = time.monotonic() + timeout
         reasons: set[str] = set()
         patience = deadline
-        while time.monotonic() < deadline and wanted != self.sites():
+        while time.monotonic() < deadline and not wanted <= self.sites():
             if self.welcome(grid, timeout=GATHER_HELLO_SECONDS) == 0:
                 time.sleep(_POLL_SECONDS)
             if new := set(self._refused.values()) - reasons:
                 reasons |= new
                 patience = min(patience, time.monotonic() + REFUSAL_PATIENCE_SECONDS)
-            if time.monotonic() >= patience and len(self.sites()) >= quorum:
+            if time.monotonic() >= patience and len(self.sites()) + (resumed and self._stale()) >= quorum:
                 break
-        self._settle()
+        if self.layout is None:
+            self._settle()
+        if resumed and len(self.sites()) < quorum <= len(self.sites()) + self._stale():
+            raise StaleCheckpointError(
+                "The sites have gone on since this checkpoint was written, or have left its run",
+                expected=f"at least federation.quorum={quorum} sites that go on from it",
+                found=len(self.sites()),
+                remedy="Resume from the newest copy of the run's folder, or start a new run without resume=",
+            )
         if len(self.sites()) < quorum:
             missing = ", ".join(sorted(wanted - self.sites())) or "none"
             refused = f"; nodes were refused: {', '.join(sorted(reasons))}" if reasons else ""
@@ -112,16 +136,25 @@ class Members:
                 remedy="Start the missing sites with `python -m clients`, or raise federation.round_timeout",
             )
 
-    def wait_for(self, grid: Grid, *, quorum: int, timeout: float) -> bool:
-        """Wait until ``quorum`` sites are here; return whether they are."""
+    def wait_for(self, grid: Grid, *, quorum: int, timeout: float, wanted: Set[str] = frozenset()) -> bool:
+        """Wait until ``quorum`` sites and all of ``wanted`` are here; return whether a quorum is."""
         deadline = time.monotonic() + timeout
         while True:
             self.welcome(grid)
-            if len(self.sites()) >= quorum:
-                return True
-            if time.monotonic() >= deadline:
-                return False
+            enough = len(self.sites()) >= quorum
+            if (enough and wanted <= self.sites()) or time.monotonic() >= deadline:
+                return enough
             time.sleep(_POLL_SECONDS)
+
+    def forget(self) -> None:
+        """Forget all nodes: the SuperLink that knew them is gone, and they come back as new ones."""
+        self.present.clear()
+        self._refused.clear()
+        self._ask_again.clear()
+
+    def _stale(self) -> int:
+        """Return how many nodes were refused, or refused to join, because their site has seen more."""
+        return sum(code == StaleUpdateError.code for code in self._refused.values())
 
     def sites(self) -> set[str]:
         """Return the names of the members."""
@@ -166,7 +199,9 @@ class Members:
         return joined
 
     def _admit(self, node: int, reply: Message, challenge: str) -> None:
-        site, layout, has_sum = self._identify(reply, challenge)
+        site, identity = self._identify(reply, challenge)
+        layout = ModelLayout.from_json(str(identity.get("layout")))
+        self.compare(site, identity)
         if self.layout is not None and layout.digest != self.layout.digest:
             raise _other_layout(site, layout, self.layout)
         # A site that was restarted has a new node before the old one is given up: the newest counts. The
@@ -174,7 +209,7 @@ class Members:
         for old in [other for other, member in self.present.items() if member.site == site]:
             del self.present[old]
             self._refused[old] = StaleUpdateError.code
-        self.present[node] = Member(site, layout, has_sum)
+        self.present[node] = Member(site, layout, str(identity.get("holds", "")))
         self.joined.add(site)
         self.say(f"site {site} joined ({len(self.present)}/{len(self.site_keys)})")
 
@@ -192,8 +227,8 @@ class Members:
                 self._refused[node] = error.code
                 del self.present[node]
 
-    def _identify(self, reply: Message, challenge: str) -> tuple[str, ModelLayout, str]:
-        """Verify the signed introduction in a hello reply; return site, layout and the sum that it holds."""
+    def _identify(self, reply: Message, challenge: str) -> tuple[str, dict[str, Any]]:
+        """Verify the signed introduction in a hello reply."""
         record = reply.content.config_records[FLEP_RECORD]
         blob, claimed = record.get("identity"), record.get("site")
         key = self.site_keys.get(claimed) if isinstance(claimed, str) else None
@@ -206,7 +241,7 @@ class Members:
             challenge,
         ):
             raise StaleUpdateError(f"Site {claimed} sent an introduction that answers another hello")
-        return claimed, ModelLayout.from_json(str(identity.get("layout"))), str(identity.get("holds", ""))
+        return claimed, identity
 
 
 def _other_layout(site: str, found: ModelLayout, expected: ModelLayout) -> LayoutError:

@@ -2,6 +2,9 @@
 
 Every update is verified, added and dropped as it arrives. Dividing by the number of examples is left to
 the analysts, who alone can decrypt; the sum travels to each of them once, with the next instruction.
+
+A run survives the end of its process: which round is open, and at which attempt, is on disk before anybody is
+asked, and a sum is on disk before anybody is told of it (:mod:`flep_fl.ai_cloud.checkpoint`).
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -19,6 +23,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flep_fl.ai_cloud.checkpoint import CheckpointFolder, RunState, SavedRun
 from flep_fl.ai_cloud.exchange import exchange, reply_status
 from flep_fl.ai_cloud.members import Member, Members
 from flep_fl.contracts.errors import (
@@ -28,6 +33,7 @@ from flep_fl.contracts.errors import (
     SignatureError,
     SiteLostError,
     StaleUpdateError,
+    SuperLinkLostError,
 )
 from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.protocol import (
@@ -58,6 +64,11 @@ _LOG = logging.getLogger(__name__)
 
 CLOSE_GRACE_SECONDS = 10.0
 """How long the closing message waits for a site that is away for a moment."""
+
+RECONNECT_SECONDS = 60.0
+"""How long it waits after the cloud or its SuperLink was started again: every site has to connect first."""
+
+_POLL_SECONDS = 0.2
 
 _OWN_LOOP = "EncryptedFedAvg adds replies one by one and sends each sum once: use start()"
 
@@ -124,6 +135,10 @@ class EncryptedFedAvg(Strategy):
         Called with one line of progress at a time.
     message_bytes
         Measures a message as serialised.
+    checkpoint
+        Folder in which the run is kept so that it can be resumed; None keeps nothing.
+    resume
+        The run to go on with, from :func:`~flep_fl.ai_cloud.checkpoint.load_checkpoint`; None: a new one.
     """
 
     def __init__(
@@ -136,11 +151,19 @@ class EncryptedFedAvg(Strategy):
         on_sum: Callable[[int, bytes, ModelLayout], None] | None = None,
         on_change: Callable[[list[RoundRecord]], None] | None = None,
         on_event: Callable[[str], None] | None = None,
+        checkpoint: Path | None = None,
+        resume: SavedRun | None = None,
     ) -> None:
         self.terms = terms
         self.run = secrets.token_hex(16)
         self.rounds: list[RoundRecord] = []
-        self.attempt = 1  # how often the current round was opened
+        self.round, self.attempt = 1, 0  # the first round that is not decided, and how often it was opened
+        self.checkpoint = checkpoint
+        self._saved: CheckpointFolder | None = None
+        self._stored_sum = ""  # digest of the sum that the checkpoint holds
+        self._awaited: Set[str] = frozenset()  # sites that are expected back
+        self._closed: set[str] = set()
+        self._resumed = resume is not None
         self._signing_key = signing_key
         self._make_adder = make_adder
         self._message_bytes = message_bytes
@@ -149,9 +172,11 @@ class EncryptedFedAvg(Strategy):
         self._say = on_event or _LOG.info
         self.closing_failures: list[SiteFailure] = []
         self._evaluations: dict[int, dict[str, Mapping[str, float]]] = {}
-        self.members = Members(self.run, terms.site_keys, self._hello, self._say)
+        self.members = Members(self.run, terms.site_keys, self._hello, self._say, self._compare)
         self._sum: _SealedSum | None = None
         self._record = RoundRecord(0)
+        if resume is not None:
+            self._go_on_with(resume)
 
     @property
     def parameters(self) -> int:
@@ -209,20 +234,25 @@ class EncryptedFedAvg(Strategy):
         ------
         QuorumError
             When too few sites say hello, or no round reaches the quorum.
+        StaleCheckpointError
+            When the sites have gone on from what this cloud resumes.
+        CheckpointError
+            When another process uses the checkpoint's folder.
         """
         self.summary()
-        self.members.gather(grid, quorum=self.terms.quorum, timeout=self.terms.round_timeout)
-        for number in range(1, self.terms.rounds + 1):
-            self._record = RoundRecord(number)
-            self.rounds.append(self._record)
-            if self._enough_sites(grid):
-                self._say(f"round {number}/{self.terms.rounds}: training")
-                messages = self._messages("round", number, self._sample())
-                self._account_down(messages)
-                self._aggregate(exchange(grid, messages, timeout=self.terms.round_timeout))
-            self._on_change(self.rounds)
-        self._close(grid)
-        self._on_change(self.rounds)
+        if self.checkpoint is not None:
+            self._saved = CheckpointFolder(self.checkpoint, self._signing_key)
+        try:
+            self._save()
+            self._gather(grid)
+            while self.round <= self.terms.rounds:
+                self._play(grid)
+            self._close(grid)
+            self._on_change(self.rounds)  # whoever listens has it all before the run counts as over
+            self._save(finished=True)
+        finally:
+            if self._saved is not None:
+                self._saved.close()
         if self._sum is None:
             raise QuorumError(
                 "No round reached the quorum",
@@ -232,9 +262,59 @@ class EncryptedFedAvg(Strategy):
             )
         return Result()
 
+    def _gather(self, grid: Grid) -> None:
+        """Wait for the sites of the kit, or in a resumed run for those that were in it when it stopped."""
+        if self.round > self.terms.rounds:
+            return  # what is left is the closing message, which knows whom it waits for
+        timeout = self.terms.round_timeout
+        while True:
+            try:
+                self.members.gather(
+                    grid,
+                    quorum=self.terms.quorum,
+                    timeout=timeout,
+                    wanted=self._awaited if self._resumed else None,
+                    resumed=self._resumed,
+                )
+                self._awaited = frozenset()
+                return
+            except SuperLinkLostError as exc:
+                self._lose(exc)
+
+    def _play(self, grid: Grid) -> None:
+        """Play one round to its decision; open it again whenever the SuperLink was lost in it."""
+        number = self.round
+        while True:
+            self.attempt += 1
+            self._record = RoundRecord(number, attempts=self.attempt)
+            self.rounds[number - 1 :] = [self._record]
+            try:
+                if self._enough_sites(grid):
+                    self._save()  # nobody may be asked twice under one attempt
+                    again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
+                    self._say(f"round {number}/{self.terms.rounds}: training{again}")
+                    messages = self._messages("round", number, self._sample())
+                    self._account_down(messages)
+                    self._aggregate(exchange(grid, messages, timeout=self.terms.round_timeout))
+                break
+            except SuperLinkLostError as exc:
+                self._lose(exc)
+        self.round, self.attempt = number + 1, 0
+        self._save()  # nobody may be told of a sum that could be forgotten
+        self._on_change(self.rounds)
+
+    def _lose(self, error: SuperLinkLostError) -> None:
+        """Forget the nodes of a SuperLink that is gone; their sites are expected back."""
+        self._say(f"{type(error).__name__}: {error}")
+        self._awaited = self._awaited | self.members.sites()
+        self.members.forget()
+
     def _enough_sites(self, grid: Grid) -> bool:
         """Wait until a quorum of sites is here; a round that cannot succeed is not opened."""
-        if self.members.wait_for(grid, quorum=self.terms.quorum, timeout=self.terms.round_timeout):
+        quorum, timeout = self.terms.quorum, self.terms.round_timeout
+        enough = self.members.wait_for(grid, quorum=quorum, timeout=timeout, wanted=self._awaited)
+        self._awaited = frozenset()
+        if enough:
             return True
         self._fail(
             QuorumError(
@@ -257,6 +337,63 @@ class EncryptedFedAvg(Strategy):
             return dict(members)
         return dict(secrets.SystemRandom().sample(members, self.terms.participants))
 
+    # --- the run on disk ---------------------------------------------------------------------------
+
+    def _save(self, *, finished: bool = False) -> None:
+        """Store where the run stands; the sum only where it is not stored yet."""
+        if self._saved is None:
+            return
+        last = self._sum
+        state = RunState(
+            federation=self.terms.federation,
+            run=self.run,
+            key_id=self.terms.key_id,
+            config=self.terms.digest,
+            round=self.round,
+            attempt=self.attempt,
+            sum_round=last.round if last else 0,
+            sum_digest=last.digest if last else "",
+            layout=self.members.layout.to_json() if self.members.layout else "",
+            members=tuple(sorted(self.members.sites() | self._awaited)),
+            joined=tuple(sorted(self.members.joined)),
+            closed=tuple(sorted(self._closed)),
+            rounds=self.rounds[: self.round - 1],
+            closing_failures=self.closing_failures,
+            evaluations=self._evaluations.get(last.round, {}) if last else {},
+            finished=finished,
+        )
+        new = last is not None and last.digest != self._stored_sum
+        self._saved.save(state, last.blob if last is not None and new else None)
+        self._stored_sum = state.sum_digest
+
+    def _go_on_with(self, saved: SavedRun) -> None:
+        """Take over a run from where its last checkpoint left it."""
+        state = saved.state
+        self.run = self.members.run = state.run
+        self.round, self.attempt, self.rounds = state.round, state.attempt, list(state.rounds)
+        self.members.layout = saved.layout
+        self.members.joined = set(state.joined)
+        self.closing_failures = list(state.closing_failures)
+        self._awaited, self._closed = frozenset(state.members), set(state.closed)
+        if saved.sum is not None:
+            self._sum = _SealedSum(saved.sum, state.sum_digest, state.sum_round)
+            self._stored_sum = state.sum_digest
+            self._evaluations[state.sum_round] = dict(state.evaluations)
+
+    def _compare(self, site: str, identity: Mapping[str, Any]) -> None:
+        """Refuse a site that has seen more of this run than this cloud has: it would refuse us."""
+        sum_round, digest = (self._sum.round, self._sum.digest) if self._sum else (0, "")
+        accepted, signed = identity.get("accepted_round", 0), identity.get("signed_round", 0)
+        if not isinstance(accepted, int) or not isinstance(signed, int):
+            raise MalformedUpdateError(f"Site {site} does not say what it has seen of the run")
+        other = accepted == sum_round and identity.get("accepted", digest) != digest
+        if accepted > sum_round or signed > self.round or other:
+            raise StaleUpdateError(
+                f"Site {site} has seen another course of this run than the cloud",
+                expected=f"the sum of round {sum_round}, and no update after round {self.round}",
+                found=f"the sum of round {accepted}, and an update for round {signed}",
+            )
+
     # --- messages --------------------------------------------------------------------------------
 
     def _hello(self, node: int, challenge: str) -> Message:
@@ -269,7 +406,7 @@ class EncryptedFedAvg(Strategy):
             run=self.run,
             round=number,
             rounds=self.terms.rounds,
-            attempt=self.attempt,
+            attempt=max(self.attempt, 1),
             previous=self._sum.digest if self._sum else "",
             sum_round=self._sum.round if self._sum else 0,
             config=self.terms.digest,
@@ -380,7 +517,7 @@ class EncryptedFedAvg(Strategy):
             run=self.run,
             key_id=self.terms.key_id,
             round=self._record.round,
-            attempt=self.attempt,
+            attempt=max(self.attempt, 1),
             previous=self._sum.digest if self._sum else "",
             layout=layout.digest,
             profile=self.terms.profile,
@@ -423,27 +560,41 @@ class EncryptedFedAvg(Strategy):
 
         A site that is away for a moment is waited for: without this message it would wait for ever.
         """
-        evaluated = self._evaluated_round()
-        closed: set[str] = set()
-        deadline = time.monotonic() + CLOSE_GRACE_SECONDS
+        grace = RECONNECT_SECONDS if self._awaited else CLOSE_GRACE_SECONDS
+        deadline = time.monotonic() + grace
         while True:
-            self.members.welcome(grid)
-            waiting = {n: member for n, member in self.members.present.items() if member.site not in closed}
-            messages = self._messages("close", self.terms.rounds, waiting)
-            self._account_down(messages)
-            for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
-                member = waiting[node]
-                status = reason if reply is None else reply_status(reply)
-                if reply is not None:
-                    self._note_evaluation(evaluated, member, _metrics(reply))
-                if status != SiteLostError.code:
-                    closed.add(member.site)
-                if status != OK:
-                    self.closing_failures.append(SiteFailure(member.site, status))
-                    self._say(f"site {member.site} did not close in order: {status}")
-            if self.members.joined <= closed or time.monotonic() >= deadline:
+            try:
+                self.members.welcome(grid)
+                self._close_present(grid)
+            except SuperLinkLostError as exc:
+                self._lose(exc)
+                deadline = max(deadline, time.monotonic() + RECONNECT_SECONDS)
+            if self.members.joined <= self._closed or time.monotonic() >= deadline:
                 break
-            time.sleep(0.2)
+            time.sleep(_POLL_SECONDS)
+        for site in sorted(self.members.joined - self._closed):
+            self._note_closing(site, SiteLostError.code)
+
+    def _close_present(self, grid: Grid) -> None:
+        """Send the closing message to those who are here and have not had it."""
+        evaluated = self._evaluated_round()
+        waiting = {n: member for n, member in self.members.present.items() if member.site not in self._closed}
+        messages = self._messages("close", self.terms.rounds, waiting)
+        self._account_down(messages)
+        for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
+            member = waiting[node]
+            status = reason if reply is None else reply_status(reply)
+            if reply is not None:
+                self._note_evaluation(evaluated, member, _metrics(reply))
+            if status != SiteLostError.code:
+                self._closed.add(member.site)
+                if status != OK:
+                    self._note_closing(member.site, status)
+                self._save()  # who has heard the last word will not come back for it
+
+    def _note_closing(self, site: str, status: str) -> None:
+        self.closing_failures.append(SiteFailure(site, status))
+        self._say(f"site {site} did not close in order: {status}")
 
 
 class _Refused(Exception):  # noqa: N818 - a signal inside this module, never seen outside

@@ -428,6 +428,36 @@ class PortInUseError(RuntimeStartError):
     code = "port_in_use"
 
 
+class CheckpointError(FlepError):
+    """A run cannot be resumed from the folder that ``resume=`` names."""
+
+    code = "checkpoint"
+
+
+class ForeignCheckpointError(CheckpointError):
+    """A checkpoint belongs to another federation, key or configuration than the cloud's kit."""
+
+    code = "checkpoint_foreign"
+
+
+class StaleCheckpointError(CheckpointError):
+    """The sites have gone on since a checkpoint was written, or have left its run for another."""
+
+    code = "checkpoint_stale"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is cut, altered, incomplete or not in the format of this release."""
+
+    code = "checkpoint_damaged"
+
+
+class FinishedCheckpointError(CheckpointError):
+    """The run of a checkpoint is over."""
+
+    code = "checkpoint_finished"
+
+
 class SuperLinkLostError(FlepError):
     """The cloud's SuperLink ended and was started again: every message on its way is lost.
 

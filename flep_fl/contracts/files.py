@@ -46,6 +46,21 @@ def write_secret(path: Path, data: bytes) -> None:
     write_atomic(path, data, mode=0o600)
 
 
+def remove_unfinished(folder: Path, *patterns: str) -> None:
+    """Remove what :func:`write_atomic` left of files of these names where its process was killed.
+
+    Parameters
+    ----------
+    folder
+        The files' folder; no other process may be writing there.
+    patterns
+        Names of the finished files, or glob patterns of them.
+    """
+    for pattern in patterns:
+        for path in folder.glob(f".{pattern}.*"):
+            path.unlink(missing_ok=True)
+
+
 def read_bytes(path: Path, *, what: str, error: type[FlepError]) -> bytes:
     """Read a file, or raise ``error`` that says what the file should have been.
 

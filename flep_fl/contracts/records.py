@@ -75,6 +75,8 @@ class RoundRecord:
         Sites whose update is in the sum, and the others with their reason codes.
     error
         Why the round produced no sum (a :class:`~flep_fl.contracts.errors.QuorumError`), else empty.
+    attempts
+        How often the round was opened: more than once where the cloud or its SuperLink ended in it.
     """
 
     round: int
@@ -89,3 +91,4 @@ class RoundRecord:
     replied: list[str] = field(default_factory=list)
     failed: list[SiteFailure] = field(default_factory=list)
     error: str = ""
+    attempts: int = 1

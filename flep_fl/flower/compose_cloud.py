@@ -14,6 +14,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
+from flep_fl.ai_cloud.checkpoint import FOLDER as CHECKPOINT
+from flep_fl.ai_cloud.checkpoint import SavedRun
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
 from flep_fl.config import Config, ckks_profile, effective_quorum, participants, update_mode
 from flep_fl.contracts.ports import Adder
@@ -35,6 +37,9 @@ def cloud_strategy(
     out: Path,
     *,
     on_event: Callable[[str], None] | None = None,
+    on_rounds: Callable[[], None] = lambda: None,
+    resume: SavedRun | None = None,
+    checkpoint: bool = True,
 ) -> EncryptedFedAvg:
     """Wire the strategy for the trust mode of the kit.
 
@@ -48,10 +53,17 @@ def cloud_strategy(
         The cloud's folder: one line per round, and with a trusted cloud the model.
     on_event
         Gets one line of progress at a time.
+    on_rounds
+        Called whenever the rounds' records have changed and are written.
+    resume
+        The run to go on with; a new one where None.
+    checkpoint
+        Whether to keep the run in ``out/checkpoint``, so that it can be resumed.
     """
 
     def on_change(rounds: Sequence[RoundRecord]) -> None:
         write_rounds(out / "rounds.jsonl", rounds)
+        on_rounds()
 
     return EncryptedFedAvg(
         cloud_terms(kit, config),
@@ -61,6 +73,8 @@ def cloud_strategy(
         on_sum=_model_writer(kit, config, out),
         on_change=on_change,
         on_event=on_event,
+        checkpoint=out / CHECKPOINT if checkpoint else None,
+        resume=resume,
     )
 
 

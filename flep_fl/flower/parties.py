@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from flep_fl.config import ckks_line
 from flep_fl.contracts.errors import IdleTimeoutError
 from flep_fl.entry import kit_config, output_dir, require
-from flep_fl.provision.kits import CLOUD, load_cloud_kit, load_site_kit
+from flep_fl.provision.kits import CLOUD, CloudKit, load_cloud_kit, load_site_kit
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
 from flep_fl.reporting.results import build_results, write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from flep_fl.ai_cloud.checkpoint import SavedRun
+    from flep_fl.config import Config
 
 
 def run_server(cfg: DictConfig) -> None:
@@ -23,20 +26,38 @@ def run_server(cfg: DictConfig) -> None:
     Raises
     ------
     FlepError
-        By name: kit, configuration, port in use, too few sites.
+        By name: kit, configuration, checkpoint, port in use, too few sites.
     """
     require(cfg, "kit", "kits/cloud")
     kit = load_cloud_kit(Path(cfg.kit))
     config = kit_config(cfg, kit.federation.shared, kit.federation.address)
+    saved = _saved_run(Path(cfg.resume), kit, config) if cfg.resume else None
     from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
     from flep_fl.flower.processes import stop_on_signals
     from flep_fl.flower.runtime.cloud import run_cloud
 
-    out = output_dir()
+    # A resumed run goes on in its own folder, so that what it leaves is whole.
+    out = output_dir() if saved is None else saved.folder.parent.parent
     progress = Progress(CLOUD)
     warn_few_contributors(config.federation.min_contributors, progress)
     progress(ckks_line(config))
-    strategy = cloud_strategy(kit, config, out / CLOUD, on_event=progress)
+
+    def write_results() -> None:
+        results = build_results(
+            cloud=config.cloud.trust,
+            sites=sorted(kit.federation.sites),
+            parameters=strategy.parameters,
+            rounds=strategy.rounds,
+            config_digest=kit.federation.digest,
+            closing_failures=strategy.closing_failures,
+        )
+        write_json(out / "results.json", results)
+
+    strategy = cloud_strategy(
+        kit, config, out / CLOUD, on_event=progress, on_rounds=write_results, resume=saved
+    )
+    if saved is not None:
+        progress(f"resuming at round {saved.state.round} of {config.federation.rounds}: {out}")
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         try:
@@ -50,17 +71,23 @@ def run_server(cfg: DictConfig) -> None:
                 database="memory" if config.runtime.database == "memory" else "disk",
             )
         finally:
-            results = build_results(
-                cloud=config.cloud.trust,
-                sites=sorted(kit.federation.sites),
-                parameters=strategy.parameters,
-                rounds=strategy.rounds,
-                config_digest=kit.federation.digest,
-                closing_failures=strategy.closing_failures,
-            )
-            write_json(out / "results.json", results)
+            write_results()
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
+
+
+def _saved_run(resume: Path, kit: CloudKit, config: Config) -> SavedRun:
+    """Read the run that ``resume=`` names, before anything heavy is loaded or started."""
+    from flep_fl.ai_cloud.checkpoint import find_checkpoint, load_checkpoint
+
+    federation = kit.federation
+    return load_checkpoint(
+        find_checkpoint(resume),
+        federation=federation.federation,
+        key_id="open" if config.cloud.trust == "open" else federation.key_id,
+        config=federation.digest,
+        cloud_key=federation.cloud_key(),
+    )
 
 
 def run_client(cfg: DictConfig) -> None:

@@ -72,7 +72,8 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
             )
             for name in names
         }
-        strategy = cloud_strategy(cloud_kit, config, out / "cloud", on_event=progress)
+        # The keys of a simulation are gone when it ends: there would be nothing to resume it with.
+        strategy = cloud_strategy(cloud_kit, config, out / "cloud", on_event=progress, checkpoint=False)
         apps = {_FIRST_NODE + number: sites[name].app for number, name in enumerate(names)}
         try:
             run_server_app(cloud_app(strategy), LocalGrid(apps, log=progress), {})

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flep_fl.contracts.errors import KitError, StaleUpdateError
-from flep_fl.contracts.files import read_bytes, write_secret
+from flep_fl.contracts.files import read_bytes, remove_unfinished, write_secret
 from flep_fl.model_security.seal import parse_header, signed_header, sum_digest, sum_position
 
 
@@ -70,6 +70,7 @@ class Ledger:
             raise KitError(
                 f"Another process uses the kit with {folder}", remedy="Run one `python -m clients` per kit"
             ) from exc
+        remove_unfinished(folder, "ledger.json", "upload.bin", "sum.bin", "figures.json")
         self.entries = self._read()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""The signed envelope round every update, every sum and every instruction of the cloud.
+"""The signed envelope round every update, every sum, every instruction and every checkpoint of the cloud.
 
 An envelope is ``magic (8 bytes) || u32 length of the header, big-endian || header || Ed25519 signature (64
 bytes) || payload``. The header is canonical JSON and holds the payload's SHA-256, so the signature, which is
-over a label and the header, covers everything. Labels keep the three kinds of envelope apart.
+over a label and the header, covers everything. Labels keep the kinds of envelope apart.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class _Kind:
 _UPDATE = _Kind("update", b"FLEPUP1\n", b"flep-fl/update/v1\0", 1 << 12)
 _SUM = _Kind("sum", b"FLEPSU1\n", b"flep-fl/sum/v1\0", 1 << 24)
 _CONTROL = _Kind("control message", b"FLEPCT1\n", b"flep-fl/control/v1\0", 1 << 20)
+_CHECKPOINT = _Kind("checkpoint", b"FLEPCK1\n", b"flep-fl/checkpoint/v1\0", 1 << 26)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,12 +386,51 @@ def open_control(blob: bytes, public_key: Ed25519PublicKey) -> dict[str, Any]:
     SignatureError
         It was altered or signed by another party.
     """
-    header, signature, payload = _split(_CONTROL, blob)
+    return _open_message(_CONTROL, blob, public_key)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def seal_checkpoint(message: Mapping[str, object], signing_key: Ed25519PrivateKey) -> bytes:
+    """Sign the state of a run that the cloud keeps for itself; never taken for an instruction."""
+    return _seal(_CHECKPOINT, _canonical.dump(dict(message)), b"", signing_key)
+
+
+def open_checkpoint(blob: bytes, public_key: Ed25519PublicKey) -> dict[str, Any]:
+    """Verify what :func:`seal_checkpoint` made; errors as in :func:`open_control`."""
+    return _open_message(_CHECKPOINT, blob, public_key)
+
+
+def checkpoint_fields(blob: bytes) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, to name whose it is; no signature is looked at."""
+    header, _, _ = _split(_CHECKPOINT, blob)
+    return _load(_CHECKPOINT, header)
+
+
+def verify_kept_sum(blob: bytes, cloud_key: Ed25519PublicKey) -> str:
+    """Verify that a sealed sum that the cloud has kept is whole and its own; return its digest.
+
+    Raises
+    ------
+    MalformedUpdateError, SignatureError
+        When it is not.
+    """
+    header, signature, payload = _split(_SUM, blob)
+    document = _parse_sum_header(header)
+    _verify(cloud_key, signature, _SUM.label + header, "The sum was altered or not signed by the cloud")
+    _check_payload(_SUM, payload, document["payload_bytes"], document["payload_sha256"])
+    return _digest(header)
+
+
+def _open_message(kind: _Kind, blob: bytes, public_key: Ed25519PublicKey) -> dict[str, Any]:
+    """Verify an envelope without payload."""
+    header, signature, payload = _split(kind, blob)
     if payload:
-        raise _malformed(_CONTROL, "bytes follow its signature")
-    problem = "A control message was altered, or signed by another party"
-    _verify(public_key, signature, _CONTROL.label + header, problem)
-    return _load(_CONTROL, header)
+        raise _malformed(kind, "bytes follow its signature")
+    problem = f"A {kind.what} was altered, or signed by another party"
+    _verify(public_key, signature, kind.label + header, problem)
+    return _load(kind, header)
 
 
 # --- envelope ------------------------------------------------------------------------------------

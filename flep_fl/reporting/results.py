@@ -102,6 +102,8 @@ def round_entry(record: RoundRecord) -> dict[str, Any]:
     del entry["majority_accuracy"]
     if not entry["error"]:
         del entry["error"]
+    if entry["attempts"] == 1:
+        del entry["attempts"]
     return entry
 
 

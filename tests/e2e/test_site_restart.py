@@ -33,7 +33,7 @@ def begin(federation: Sessions, rounds: int) -> EncryptedFedAvg:
 
 
 def play(federation: Sessions, strategy: EncryptedFedAvg, number: int) -> None:
-    strategy._record = RoundRecord(number)
+    strategy.round, strategy._record = number, RoundRecord(number)
     strategy.rounds.append(strategy._record)
     messages = strategy._messages("round", number, strategy.members.present)
     strategy._aggregate(exchange(federation.grid, messages, timeout=20))
@@ -84,6 +84,7 @@ def test_a_restarted_site_holds_the_model_and_needs_no_second_delivery(tmp_path:
 
     again = federation.strategy()  # the same run, as the sites know it, with nobody welcomed yet
     again.run = again.members.run = strategy.run
+    again._sum, again.round, again.members.layout = strategy._sum, 3, strategy.members.layout
     again.members.gather(federation.grid, quorum=3, timeout=10)
     held = {member.site: member.has_sum for member in again.members.present.values()}
     assert strategy._sum is not None
