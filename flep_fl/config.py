@@ -483,12 +483,13 @@ def _check_federation(config: Config) -> None:
     )
     federated_optimiser(config)
     _check_trust(config)
-    check_federation(
-        ckks_profile(config),
-        sites=federation.sites,
-        bound=ckks_bound(config),
-        max_examples=ckks_max_examples(config),
-    )
+    if config.ckks.scheme == "ckks":
+        check_federation(
+            ckks_profile(config),
+            sites=federation.sites,
+            bound=ckks_bound(config),
+            max_examples=ckks_max_examples(config),
+        )
 
 
 def _check_ckks(config: Config) -> None:
@@ -497,6 +498,11 @@ def _check_ckks(config: Config) -> None:
     _one_of("ckks.encryption", ckks.encryption, ENCRYPTIONS)
     _one_of("ckks.out_of_range", ckks.out_of_range, ("refuse", "clip"))
     alone = ckks.contribute_only
+    _require(
+        ckks.scheme == "ckks" or (ckks.encryption == "symmetric" and config.cloud.trust != "mixed"),
+        f"ckks.scheme={ckks.scheme} has neither a public key nor sums with plain vectors",
+        "Set ckks.encryption=symmetric and cloud=untrusted or trusted",
+    )
     _require(
         not alone or ckks.encryption == "public",
         f"ckks.contribute_only={alone} needs a public key",

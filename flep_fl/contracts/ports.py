@@ -65,6 +65,40 @@ class ModelCipher(Protocol):
         ...
 
 
+class SumTerms(Protocol):
+    """What a site knows of the sums that it may accept."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the scheme and its parameters, 64 hexadecimal digits; every signed header carries it."""
+        ...
+
+    def tolerance(self, contributors: int) -> float:
+        """Largest deviation of a check value that an honest sum over so many updates may show."""
+        ...
+
+
+class ModelScheme(Protocol):
+    """Another scheme for adding encrypted vectors, one class that ``ckks.scheme`` names.
+
+    It is built without arguments. Signatures, check values, the round's protocol and the kits stay as they
+    are. The scheme's secret is derived from the model key in the kits, so that whoever holds that key, and
+    nobody else, can decrypt.
+    """
+
+    def cipher(self, secret: bytes, key_id: str) -> ModelCipher:
+        """Return the analysts' side for a 32-byte secret; ``key_id`` is what its property must say."""
+        ...
+
+    def adder(self, length: int) -> Adder:
+        """Return the cloud's side for sums of ``length`` values; it has no secret."""
+        ...
+
+    def tolerance(self, contributors: int) -> float:
+        """Largest error of a decrypted sum, as in :class:`SumTerms`."""
+        ...
+
+
 class Adder(Protocol):
     """Tier 2, cloud side: adds payloads without any key."""
 

@@ -27,6 +27,7 @@ from flep_fl.model_security.adder import KeylessAdder, PlainAdder
 from flep_fl.model_security.layout import Arrays, ModelLayout
 from flep_fl.model_security.mixed import MixedAdder
 from flep_fl.model_security.profiles import vector_length
+from flep_fl.model_security.schemes import load_scheme
 from flep_fl.provision.kits import CloudKit
 from flep_fl.reporting.results import write_rounds
 
@@ -85,7 +86,7 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
     return Terms(
         federation=federation.federation,
         key_id=federation.key_id if encrypted else "open",
-        profile=ckks_profile(config).digest,
+        profile=(load_scheme(config.ckks.scheme, config.allow_targets) or ckks_profile(config)).digest,
         mode=update_mode(config),
         shared=federation.agreement,
         digest=federation.digest,
@@ -100,11 +101,14 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
 def adder_factory(kit: CloudKit, config: Config) -> Callable[[int], Adder]:
     """Return what makes a fresh adder for sums over a model of a given number of weights."""
     profile, encrypted = ckks_profile(config), config.cloud.trust != "open"
+    own = load_scheme(config.ckks.scheme, config.allow_targets)
 
     def make_adder(parameters: int) -> Adder:
         length = vector_length(parameters, checked=encrypted)
         if not encrypted:
             return PlainAdder(length)
+        if own is not None:
+            return own.scheme.adder(length)
         if config.cloud.trust == "mixed":
             return MixedAdder(kit.context, profile, length)
         return KeylessAdder(kit.context, profile, length)
@@ -141,10 +145,9 @@ def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout]
             return np.frombuffer(payload, dtype="<f8", count=layout.size + 1)
 
     else:
-        from flep_fl.model_security.cipher import CkksModelCipher
-        from flep_fl.model_security.keyring import ModelKey
+        from flep_fl.flower.sessions import analyst_cipher
 
-        cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), ckks_profile(config))
+        cipher = analyst_cipher(kit.model_key or b"", config)
 
         def open_sum(payload: bytes, layout: ModelLayout) -> NDArray[np.float64]:
             values = cipher.decrypt(payload, vector_length(layout.size, checked=True))

@@ -13,10 +13,27 @@ from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey
 from flep_fl.model_security.mixed import TrustingModelCipher
 from flep_fl.model_security.plain import PlainModelCipher
+from flep_fl.model_security.schemes import SECRET_BYTES, load_scheme
 from flep_fl.model_security.session import AnalystSession, Arrays, Membership
 from flep_fl.provision.kits import SiteKit
 
 SessionFactory = Callable[[Callable[[], Arrays]], AnalystSession]
+
+
+def analyst_cipher(model_key: bytes, config: Config) -> ModelCipher:
+    """Return what decrypts with the model key: CKKS, or the scheme that the configuration names.
+
+    Raises
+    ------
+    ModelKeyError
+        The key is damaged or was made for another profile.
+    TargetError
+        The scheme is not allowed here, or is none.
+    """
+    key, own = ModelKey.from_bytes(model_key), load_scheme(config.ckks.scheme, config.allow_targets)
+    if own is None:
+        return CkksModelCipher(key, ckks_profile(config))
+    return own.scheme.cipher(key.derive(own.secret_info, SECRET_BYTES), key.key_id)
 
 
 def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory:
@@ -51,7 +68,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         if kit.contribute_only:
             cipher = PublicModelCipher(PublicKey.from_bytes(kit.public_key or b""), profile)
         else:
-            cipher = CkksModelCipher(ModelKey.from_bytes(kit.model_key or b""), profile)
+            cipher = analyst_cipher(kit.model_key or b"", config)
         if cipher.key_id != federation.key_id:
             raise KitError(
                 f"The model key in {kit.folder} is not the federation's",
@@ -68,7 +85,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         config=federation.digest,
         shared=federation.agreement,
         mode=update_mode(config),
-        profile=profile,
+        profile=load_scheme(config.ckks.scheme, config.allow_targets) or profile,
         bound=ckks_bound(config),
         max_examples=ckks_max_examples(config),
         rounds=config.federation.rounds,

@@ -34,7 +34,7 @@ from flep_fl.contracts.errors import (
     WeightRangeError,
 )
 from flep_fl.contracts.files import read_bytes, write_secret
-from flep_fl.contracts.ports import ModelCipher
+from flep_fl.contracts.ports import ModelCipher, SumTerms
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.model_security import own_weights
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
@@ -42,7 +42,7 @@ from flep_fl.model_security.contribution import average, weighted_vector
 from flep_fl.model_security.keyring import CheckKey
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.ledger import Ledger
-from flep_fl.model_security.profiles import Profile, vector_length
+from flep_fl.model_security.profiles import vector_length
 from flep_fl.model_security.seal import (
     Expectation,
     SignedSum,
@@ -90,7 +90,7 @@ class Membership:
     config: str
     shared: Mapping[str, Any]
     mode: str
-    profile: Profile
+    profile: SumTerms
     bound: float
     max_examples: int
     rounds: int
