@@ -124,13 +124,21 @@ class CkksConfig:
 
 @dataclass
 class DataConfig:
-    """The owner's images. ``image_size`` null keeps the native size; ``limit`` null takes all."""
+    """The owner's images. ``image_size`` null keeps the native size; ``limit`` null takes all.
+
+    An analyst's own: ``owners`` are the addresses of gateways to fetch from, ``https://HOST:PORT``, with
+    ``#KEY`` where the owner's key is known; ``owner_ca`` is the certificate authority of their certificates;
+    ``cache`` keeps sealed records and keystore (null: ``owners`` in the kit's folder).
+    """
 
     name: str = "elpv"
     path: str | None = None
     image_size: int | None = None
     limit: int | None = None
     test_fraction: float = 0.2
+    owners: list[str] = field(default_factory=list)
+    owner_ca: str | None = None
+    cache: str | None = None
 
 
 @dataclass

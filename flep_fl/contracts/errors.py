@@ -266,6 +266,18 @@ class FetchError(DataError):
     code = "fetch"
 
 
+class OwnerUnreachableError(FetchError):
+    """A data owner does not answer, or answers that it is busy for too long."""
+
+    code = "owner_unreachable"
+
+
+class TamperedReleaseError(FetchError):
+    """Records were dropped, swapped, duplicated, altered or made up between the owner and the analyst."""
+
+    code = "tampered_release"
+
+
 class OwnerPinError(FetchError):
     """A data owner shows another key than the one that was pinned."""
 

@@ -5,26 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flep_fl.config import Config
-from flep_fl.contracts.archive import ArchiveDescription
+from flep_fl.data_analyst.fetch import Progress
 from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
-from flep_fl.data_analyst.restore import RestoredSplit, restore_split
-from flep_fl.data_analyst.source import LocalArchive, describe, unlock
 from flep_fl.data_analyst.train import evaluate, train_local
-from flep_fl.data_security.presets import build_cipher
-from flep_fl.data_security.restoring import require_order
 from flep_fl.flower.models import write_model
 from flep_fl.flower.sessions import session_factory
+from flep_fl.flower.site_data import SiteData, load_site_data
 from flep_fl.model_security.mod import ckks_mod
 from flep_fl.model_security.session import AnalystSession, Arrays
 from flep_fl.provision.kits import SiteKit
-from flep_fl.provision.owner import image_denoiser, restore_order
 
 
 @dataclass(slots=True)
@@ -51,41 +46,37 @@ class Site:
         return ended or self.session.halted or self.session.failure is not None
 
 
-@dataclass(frozen=True, slots=True)
-class _AnalystData:
-    """An analyst's plain images; they exist in memory only."""
-
-    train: RestoredSplit
-    test: RestoredSplit
-    description: ArchiveDescription
-
-
 def prepare_site(
     kit: SiteKit,
     config: Config,
-    archive: Path,
+    archive: Path | None,
     out: Path,
     *,
     state: Path | None = None,
     on_event: Callable[[str], None] = lambda _line: None,
+    on_progress: Progress = lambda what, done, total: None,
 ) -> Site:
-    """Open the archive, restore the images in memory, and make the ClientApp.
+    """Open the archive or fetch from the data owners, restore the images in memory, and make the ClientApp.
 
     Parameters
     ----------
     kit, config
         This site's kit, and the configuration after :func:`flep_fl.config.adopt_kit`.
     archive
-        The sealed archive.
+        The sealed archive; None where ``data.owners`` names gateways.
     out
         This site's folder in the run directory.
     state
         Folder of the ledger; ``state`` in the kit where None.
     on_event
         Gets one line of progress at a time.
+    on_progress
+        Gets the state of a download.
 
     Raises
     ------
+    FetchError, GrantError, KeystoreError
+        When the records cannot be fetched from a data owner.
     ArchiveError, RecordError, EnvelopeError, WrongImageKeyError, HaltedError, KitError
         When the archive or the kit cannot be used.
     TargetError, CipherParameterError
@@ -93,25 +84,9 @@ def prepare_site(
         ``restore.order``.
     """
     make_session = session_factory(kit, config, state or kit.folder / "state")
-    source = LocalArchive(archive, site=kit.name, owner_public_key=kit.federation.owner_verify_key)
-    bundle = unlock(source, kit.decryption_key.private_bytes_raw())
-    description = describe(source, bundle)
-    # The bundle says which cipher sealed the images; what may be imported for it is this site's own say.
-    cipher = build_cipher(bundle, allow_targets=config.allow_targets)
-    order = restore_order(config)
-    require_order(cipher, order)
-    restore = partial(
-        restore_split,
-        source,
-        cipher=cipher,
-        bundle=bundle,
-        denoise=image_denoiser(config, bundle, cipher),
-        order=order,
-        input_size=config.model.input_size,
-    )
-    data = _AnalystData(restore(split="train"), restore(split="test"), description)
+    data = load_site_data(kit, config, archive, on_event=on_event, on_progress=on_progress)
     on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
-    classes, channels = len(description.classes), data.train.images.shape[1]
+    classes, channels = len(data.description.classes), data.train.images.shape[1]
 
     def initial() -> Arrays:
         model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
@@ -124,7 +99,7 @@ def prepare_site(
 
 
 def _client_app(
-    session: AnalystSession, config: Config, name: str, data: _AnalystData, on_model: Callable[[Arrays], None]
+    session: AnalystSession, config: Config, name: str, data: SiteData, on_model: Callable[[Arrays], None]
 ) -> ClientApp:
     """Make an ordinary Flower ClientApp, with encryption as its outermost mod."""
     classes, channels = len(data.description.classes), data.train.images.shape[1]

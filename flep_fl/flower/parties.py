@@ -99,7 +99,8 @@ def run_client(cfg: DictConfig) -> None:
         By name: kit, archive, configuration, a rejected sum, nothing heard.
     """
     require(cfg, "kit", "kits/a")
-    require(cfg, "archive", "archive/a")
+    if not cfg.data.owners:
+        require(cfg, "archive", "archive/a")
     kit = load_site_kit(Path(cfg.kit))
     config = kit_config(cfg, kit.federation.shared, kit.federation.address)
     from flep_fl.flower.compose_site import prepare_site
@@ -113,8 +114,14 @@ def run_client(cfg: DictConfig) -> None:
     _quieten_flower()
     with stop_on_signals() as stop, progress.live():
         with interruptible():
+            archive = Path(config.archive) if config.archive else None
             site = prepare_site(
-                kit, config, Path(config.archive), out / "sites" / kit.name, on_event=progress
+                kit,
+                config,
+                archive,
+                out / "sites" / kit.name,
+                on_event=progress,
+                on_progress=progress.bar,
             )
         try:
             run_site(

@@ -42,6 +42,7 @@ class Progress:
         self._name = name
         self._started = time.monotonic()
         self._status: Any = None
+        self._quarters: dict[str, int] = {}
 
     def __call__(self, line: str) -> None:
         """Report an event."""
@@ -49,6 +50,22 @@ class Progress:
         say(f"[{self._name} {elapsed:6.1f} s] {line}")
         if self._status is not None:
             self._status.update(f"{self._name}: {line}")
+
+    def bar(self, what: str, done: int, total: int) -> None:
+        """Show how far something has come: a bar on a terminal, a line at every quarter elsewhere."""
+        if self._status is not None:
+            from rich.progress_bar import ProgressBar
+            from rich.table import Table
+
+            row = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=max(total, 1), completed=done, width=40)
+            row.add_row(f"{self._name}: {what}", bar, f"{done}/{total}")
+            self._status.update(row)
+            return
+        quarter = 4 * done // total if total else 4
+        if self._quarters.get(what) != quarter:
+            self._quarters[what] = quarter
+            self(f"{what}: {done} of {total} records")
 
     @contextmanager
     def live(self) -> Iterator[Callable[[str], None]]:
