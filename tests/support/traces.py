@@ -23,12 +23,14 @@ def traces(files: Iterable[Path], canaries: Iterable[bytes]) -> list[tuple[str, 
 
 
 def _in_base64(canary: bytes, data: bytes) -> bool:
-    # base64 has three alignments; the ends of the text depend on the neighbours.
-    return any(
-        encode(canary[offset:])[:-4].rstrip(b"=") in data
+    # base64 has three alignments; the ends of the text depend on the neighbours. A core of fewer than eight
+    # letters would be found by chance.
+    cores = [
+        encode(canary[offset:])[:-4].rstrip(b"=")
         for offset in range(3)
         for encode in (base64.b64encode, base64.urlsafe_b64encode)
-    )
+    ]
+    return any(len(core) >= 8 and core in data for core in cores)
 
 
 def _inflated(data: bytes) -> Iterable[bytes]:

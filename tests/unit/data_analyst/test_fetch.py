@@ -1,0 +1,572 @@
+"""From the owner's gateway to a sealed archive: everything that can be done to it on the way."""
+
+from __future__ import annotations
+
+import secrets
+import stat
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from owner_server import OwnerServer
+from traces import traces
+
+from flep_fl.contracts import archive
+from flep_fl.contracts.errors import (
+    ConfigError,
+    FetchError,
+    FlepError,
+    GrantError,
+    GrantExpiredError,
+    GrantRevokedError,
+    KeystoreError,
+    NotReleasedError,
+    OwnerPinError,
+    OwnerUnreachableError,
+    TamperedReleaseError,
+    UnknownGrantError,
+)
+from flep_fl.contracts.grants import GrantDocument, signed_message
+from flep_fl.contracts.owner_records import Analyst, Capture, IndexPage
+from flep_fl.contracts.records import SealedRecord
+from flep_fl.data_analyst import keystore as keystores
+from flep_fl.data_analyst.fetch import fetch_owner
+from flep_fl.data_analyst.keystore import Keystore
+from flep_fl.data_analyst.owner_client import AnalystIdentity, OwnerClient, parse_address
+from flep_fl.data_analyst.restore import restore_split
+from flep_fl.data_security.keys import ImageKeyBundle, NoiseParameters
+from flep_fl.data_security.presets import build_cipher, get_preset
+from flep_fl.private_database.grants import create_grant, revoke_grant
+from flep_fl.private_database.releases import ReleaseBook
+from flep_fl.private_database.store import OwnerDatabase
+
+FAR = 4_000_000_000
+
+
+def new_bundle():
+    return ImageKeyBundle.generate(
+        get_preset("aead").parameters, NoiseParameters(std=0.0), cipher_name="aead"
+    )
+
+
+def new_identity():
+    return AnalystIdentity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+
+
+class World:
+    """An owner with a released data set behind a server, and an analyst with a grant."""
+
+    def __init__(self, folder, count=20):
+        self.folder = folder
+        self.signing = Ed25519PrivateKey.generate()
+        self.database = OwnerDatabase.create(folder / "owner" / "owner.db", secrets.token_bytes(32))
+        self.database.add_dataset("cells", ("good", "bad"), bundle=new_bundle())
+        self.book = ReleaseBook(self.database, self.signing)
+        self.fill(count)
+        self.book.release()
+        self.server = OwnerServer(self.book, self.signing)
+        self.me = new_identity()
+        self.grant = self.give(self.me)
+        self.keystore = Keystore(folder / "keys" / "keystore.db", key_file=folder / "keys" / "keystore.key")
+        self.progress = []
+        self.events = []
+
+    def close(self):
+        self.server.stop()
+        self.keystore.close()
+        self.database.close()
+
+    def fill(self, count, start=0):
+        rng = np.random.default_rng(start)
+        images = rng.integers(0, 256, (count, 6, 5), dtype=np.uint8)
+        self.ids = self.database.put_many(
+            [
+                Capture("cells", "cam", start + i, image, i % 2, "test" if i % 4 == 0 else "train")
+                for i, image in enumerate(images)
+            ]
+        )
+
+    def give(self, identity, **settings):
+        analyst = Analyst("ann", identity.verify_key, identity.encryption_key)
+        return create_grant(self.database, dataset="cells", analyst=analyst, **{"not_after": FAR, **settings})
+
+    def fetch(self, **settings):
+        address = parse_address(settings.pop("address", self.server.url))
+        identity = settings.pop("identity", self.me)
+        with OwnerClient(address, identity, sleep=lambda _s: None, max_tries=3) as client:
+            return fetch_owner(
+                address,
+                identity,
+                self.keystore,
+                self.folder / "cache",
+                client=client,
+                on_progress=lambda *state: self.progress.append(state),
+                on_event=self.events.append,
+                **settings,
+            )
+
+    def asked(self, what):
+        return [path for path in self.server.requests if f"/{what}?" in path]
+
+
+@pytest.fixture
+def world(tmp_path):
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+def pixels(fetched):
+    cipher = build_cipher(fetched.bundle)
+    return [
+        restore_split(
+            fetched.archive, cipher=cipher, bundle=fetched.bundle, denoise=None, split=split, input_size=None
+        )
+        for split in ("train", "test")
+    ]
+
+
+def test_what_is_fetched_is_what_the_owner_has(world):
+    (fetched,) = world.fetch()
+    assert fetched.downloaded == 20
+    train, test = pixels(fetched)
+    assert (len(train), len(test)) == (15, 5)
+    assert fetched.description.classes == ("good", "bad")
+    stored = {record.image.tobytes(): record.label for record in world.database.records()}
+    for split in (train, test):
+        for image, label in zip(split.images, split.labels, strict=True):
+            assert stored[image[0].astype(np.uint8).tobytes()] == label
+    assert world.progress[0] == ("cells", 0, 20) and world.progress[-1] == ("cells", 20, 20)
+    assert "is trusted from now on" in world.events[0]
+    # Nothing is fetched twice, and nothing lies there in the clear.
+    before = len(world.asked("records"))
+    (again,) = world.fetch()
+    assert again.downloaded == 0 and len(world.asked("records")) == before
+    files = [file for file in world.folder.rglob("*") if file.is_file() and "owner/" not in str(file)]
+    canaries = [fetched.bundle.master_key, *(image for image in stored)]
+    assert traces(files, canaries) == []
+    assert len(files) == 7
+    for file in (world.folder / "keys").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_an_interrupted_download_goes_on_where_it_was(world):
+    pages = iter(range(100))
+
+    def cut(path, answer):
+        if path == "records" and next(pages) >= 2:
+            raise ConnectionError
+        return answer
+
+    world.server.tamper = cut
+    with pytest.raises(OwnerUnreachableError):
+        world.fetch()
+    world.server.tamper = lambda path, answer: answer
+    world.progress.clear()
+    (fetched,) = world.fetch()
+    assert fetched.downloaded == 8
+    assert world.progress[0] == ("cells", 12, 20)
+    assert len(pixels(fetched)[0]) == 15
+
+
+def test_a_line_that_breaks_now_and_then_is_no_matter(world):
+    calls = iter(range(1000))
+
+    def flaky(_path, answer):
+        if next(calls) % 2:
+            raise ConnectionError
+        return answer
+
+    world.server.tamper = flaky
+    (fetched,) = world.fetch()
+    assert len(pixels(fetched)[0]) == 15
+
+
+def test_new_and_deleted_records_cost_no_second_download(world):
+    world.server.page = 5
+    world.fetch()
+    world.fill(4, start=100)
+    world.book.release()
+    (more,) = world.fetch()
+    assert more.downloaded <= 4 + 5  # the last page comes again
+    assert sum(map(len, pixels(more))) == 24
+    victim = next(more.archive.records("train")).record_id
+    world.database.delete([victim])
+    with pytest.raises(NotReleasedError):
+        world.fetch()
+    world.book.release()
+    (less,) = world.fetch()
+    assert less.downloaded <= 4
+    assert sum(map(len, pixels(less))) == 23
+    assert victim not in {record.record_id for record in less.archive.records("train")}
+
+
+def test_a_release_that_changes_under_way_is_opened_again(world):
+    def change(path, answer):
+        if path == "records" and len(world.asked("records")) == 2:
+            world.database.delete([world.ids[0].record_id])
+            world.book.release()
+        return answer
+
+    world.server.tamper = change
+    (fetched,) = world.fetch()
+    assert sum(map(len, pixels(fetched))) == 19
+
+
+# --- what somebody may do on the way ---------------------------------------------------------------------
+
+
+def change_records(number, change):
+    """Apply ``change(records)`` to the ``number``-th page."""
+    seen = iter(range(1000))
+
+    def tamper(path, page):
+        if path == "records" and next(seen) == number:
+            return replace(page, records=tuple(change(list(page.records))))
+        return page
+
+    return tamper
+
+
+def made_up(records):
+    return [*records[:2], SealedRecord(secrets.token_hex(16), *_parts(records[2])), *records[3:]]
+
+
+def _parts(record):
+    return record.envelope, record.sealed_label
+
+
+def flipped(records, part):
+    envelope, label = _parts(records[1])
+    if part == "envelope":
+        envelope = envelope[:-1] + bytes([envelope[-1] ^ 1])
+    else:
+        label = label[:-1] + bytes([label[-1] ^ 1])
+    return [records[0], SealedRecord(records[1].record_id, envelope, label), *records[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: [*r[:1], *r[2:]], "dropped or swapped"),
+        (lambda r: [r[1], r[0], *r[2:]], "dropped or swapped"),
+        (lambda r: [r[0], r[0], *r[1:]], "duplicated"),
+        (lambda r: [r[0], SealedRecord(r[1].record_id, *_parts(r[2])), *r[2:]], "altered or substituted"),
+        (made_up, "made up"),
+        (lambda r: flipped(r, "envelope"), "altered or substituted"),
+        (lambda r: flipped(r, "label"), "altered or substituted"),
+        (lambda r: [], "were dropped"),
+    ],
+)
+def test_every_trick_on_a_record_is_found_and_named(world, change, words):
+    honest = world.server.tamper
+    world.server.tamper = change_records(1, change)
+    with pytest.raises(TamperedReleaseError, match=words) as caught:
+        world.fetch()
+    assert any(receipt.record_id in str(caught.value) for receipt in world.ids) or "made up" in words
+    # What came before is kept; an honest line ends the job.
+    world.server.tamper = honest
+    (fetched,) = world.fetch()
+    assert fetched.downloaded == 14
+    assert sum(map(len, pixels(fetched))) == 20
+
+
+def test_records_after_the_last_one_are_found(world):
+    world.server.page = 100
+    world.server.tamper = change_records(0, lambda r: [*r, r[3]])
+    with pytest.raises(TamperedReleaseError, match="duplicated"):
+        world.fetch()
+    world.server.tamper = change_records(
+        0, lambda r: [*r, SealedRecord(secrets.token_hex(16), *_parts(r[0]))]
+    )
+    with pytest.raises(TamperedReleaseError, match="added"):
+        world.fetch()
+
+
+def test_a_release_that_ends_early_is_found(world):
+    world.server.tamper = lambda path, page: replace(page, cursor=None) if path == "records" else page
+    with pytest.raises(TamperedReleaseError, match="14 records of cells were dropped"):
+        world.fetch()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[archive.ENTRY_BYTES :],
+        lambda data: data + data[: archive.ENTRY_BYTES],
+        lambda data: data[archive.ENTRY_BYTES :] + data[: archive.ENTRY_BYTES],
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    ],
+)
+def test_an_altered_index_is_found(world, change):
+    world.server.page = 100
+    world.server.tamper = lambda path, page: (
+        IndexPage(change(page.entries), page.cursor) if path == "index" else page
+    )
+    with pytest.raises(TamperedReleaseError, match="index"):
+        world.fetch()
+
+
+def resigned(key, **changes):
+    """A tamperer that holds a key of its own and signs other grants with it."""
+
+    def tamper(path, opened):
+        if path != "open":
+            return opened
+        document = replace(GrantDocument.from_bytes(opened.grant), **changes).to_bytes()
+        return replace(opened, grant=document, grant_signature=key.sign(signed_message(document)))
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset": "other"}, "data set"),
+        ({"epoch": 7}, "epoch"),
+        ({"key_id": "0" * 32}, "key"),
+        ({"analyst": "bob"}, "analyst"),
+        ({"analyst_encryption_key": "1" * 64}, "decryption key"),
+        ({"analyst_verify_key": "1" * 64}, "signing key"),
+        ({"owner": "2" * 64}, "owner"),
+        ({"grant_id": "3" * 32}, "grant"),
+        ({"release_id": "3" * 32}, "release"),
+        ({"bundle_sha256": "4" * 64}, "key bundle"),
+        ({"manifest_sha256": "4" * 64}, "manifest"),
+        ({"not_after": 1}, "has ended"),
+    ],
+)
+def test_a_grant_binds_everything(world, changes, words):
+    world.server.tamper = resigned(world.signing, **changes)  # even the owner's own key does not help
+    with pytest.raises(GrantError, match=words):
+        world.fetch()
+    assert world.keystore.grants(expired=True) == []
+
+
+def test_a_grant_of_somebody_else_is_refused(world):
+    world.server.tamper = resigned(Ed25519PrivateKey.generate())
+    with pytest.raises(GrantError, match="not signed by this data owner"):
+        world.fetch()
+    stranger = Ed25519PrivateKey.generate()
+
+    def manifest(path, opened):
+        if path != "open":
+            return opened
+        key = stranger.public_key().public_bytes_raw()
+        return replace(
+            opened, manifest_signature=key + stranger.sign(archive.signed_message(opened.manifest))
+        )
+
+    world.server.tamper = manifest
+    with pytest.raises(GrantError, match="manifest is signed by somebody else"):
+        world.fetch()
+
+
+def test_an_old_answer_is_not_taken_twice(world):
+    old = {}
+
+    def remember(path, answer):
+        if path == "open":
+            old.setdefault("answer", answer)
+        return answer
+
+    world.server.tamper = remember
+    world.fetch()
+    world.fill(2, start=50)
+    world.book.release()
+    world.fetch()
+    world.server.tamper = lambda path, answer: old["answer"] if path == "open" else answer
+    with pytest.raises(GrantError, match="older than the one that is held"):
+        world.fetch()
+
+
+# --- grants that end -------------------------------------------------------------------------------------
+
+
+def test_a_revoked_grant_takes_its_key_along(world):
+    (fetched,) = world.fetch()
+    owner = fetched.document.owner
+    assert world.keystore.held(owner, "cells").bundle == fetched.bundle
+    revoke_grant(world.database, world.grant.grant_id)
+    with pytest.raises(UnknownGrantError):
+        world.fetch()
+    with pytest.raises(KeystoreError, match="holds no key"):
+        world.keystore.held(owner, "cells")
+
+
+def test_a_grant_that_is_revoked_under_way_stops_the_download(world):
+    def revoke(path, answer):
+        if path == "records" and len(world.asked("records")) == 2:
+            revoke_grant(world.database, world.grant.grant_id)
+        return answer
+
+    world.server.tamper = revoke
+    with pytest.raises(GrantRevokedError):
+        world.fetch()
+    assert world.keystore.grants(expired=True) == []
+    assert len(world.asked("records")) == 3
+
+
+def test_everybody_else_goes_on_in_the_new_epoch(world):
+    other = new_identity()
+    second = world.give(other)
+    (first,) = world.fetch()
+    revoke_grant(world.database, second.grant_id)
+    world.book.release()
+    (fetched,) = world.fetch()
+    assert (first.document.epoch, fetched.document.epoch, fetched.downloaded) == (1, 2, 20)
+    assert sum(map(len, pixels(fetched))) == 20
+    with pytest.raises(UnknownGrantError):
+        world.fetch(identity=other)
+
+
+def test_out_of_reach_the_cache_serves_while_the_grant_runs(world):
+    world.fetch()
+    url = world.server.url
+    world.server.stop()
+    (fetched,) = world.fetch(address=url)
+    assert fetched.downloaded == 0 and len(pixels(fetched)[0]) == 15
+    assert "does not answer" in world.events[-1]
+    world.keystore._clock = lambda: FAR + 1.0
+    with pytest.raises(OwnerUnreachableError):
+        world.fetch(address=url)
+    with pytest.raises(GrantExpiredError):
+        world.keystore.held(fetched.document.owner, "cells")
+    assert world.keystore.forget_expired() == 1
+    world.server = OwnerServer(world.book, world.signing)
+
+
+def test_an_analyst_without_a_grant_gets_nothing(world):
+    with pytest.raises(UnknownGrantError, match="grants nothing"):
+        world.fetch(identity=new_identity())
+
+
+# --- owners and addresses --------------------------------------------------------------------------------
+
+
+def test_an_owner_that_changes_its_key_is_refused(world):
+    world.fetch()
+    pinned = world.server.key.hex()
+    world.fetch(address=f"{world.server.url}#{pinned}")
+    with pytest.raises(OwnerPinError, match=r"than data.owners names"):
+        world.fetch(address=f"{world.server.url}#{'0' * 64}")
+    stranger = Ed25519PrivateKey.generate()
+    world.server.key = stranger.public_key().public_bytes_raw()
+    with pytest.raises(OwnerPinError, match="another key than before"):
+        world.fetch()
+    # The user may name the new key; what the old one signed is then nobody's word.
+    with pytest.raises(GrantError):
+        world.fetch(address=f"{world.server.url}#{world.server.key.hex()}")
+
+
+def test_clocks_far_apart_are_named(world):
+    world.server.time_shift = 3600
+    with pytest.raises(FetchError, match="clock"):
+        world.fetch()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://example.org:8442",
+        "https://host/path",
+        "ftp://host",
+        "https://u@host",
+        "https://host#zz",
+        "x",
+        "https://h:99999999",
+    ],
+)
+def test_unusable_addresses_are_refused(text):
+    with pytest.raises(ConfigError, match=r"data.owners"):
+        parse_address(text)
+
+
+def test_answers_that_make_no_sense_are_named(world):
+    class Odd:
+        def to_bytes(self):
+            return b"<html>"
+
+    world.server.tamper = lambda path, answer: Odd()
+    with pytest.raises(FetchError, match="not of this release's format"):
+        world.fetch()
+
+
+def test_a_folder_that_cannot_be_written_is_named(world, monkeypatch):
+    def full(*_arguments, **_settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("flep_fl.data_analyst.fetch._sync", full)
+    with pytest.raises(FlepError, match="No space left"):
+        world.fetch()
+
+
+# --- the keystore ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheap_scrypt(monkeypatch):
+    monkeypatch.setattr(keystores, "SCRYPT_COST", 1 << 4)
+
+
+def test_a_keystore_opens_with_its_own_key_or_passphrase_only(tmp_path, cheap_scrypt):
+    with Keystore(tmp_path / "a.db", key_file=tmp_path / "a.key") as store:
+        assert store.pin("https://o:1", b"k" * 32) and not store.pin("https://o:1", b"k" * 32)
+    with Keystore(tmp_path / "b.db", passphrase="correct horse") as store:
+        store.pin("https://o:1", b"k" * 32)
+    with Keystore(tmp_path / "b.db", passphrase="correct horse") as store:
+        assert store.owners() == {"https://o:1": b"k" * 32}
+    (tmp_path / "other.key").write_bytes(secrets.token_bytes(32))
+    (tmp_path / "short.key").write_bytes(b"short")
+    for path, settings, words in (
+        ("a.db", {"key_file": tmp_path / "other.key"}, "does not open"),
+        ("a.db", {"key_file": tmp_path / "none.key"}, "cannot be read"),
+        ("a.db", {"key_file": tmp_path / "short.key"}, "wrong length"),
+        ("a.db", {"passphrase": "x"}, "opened another way"),
+        ("b.db", {"passphrase": "wrong"}, "does not open"),
+        ("b.db", {"key_file": tmp_path / "a.key"}, "opened another way"),
+        ("b.db", {"passphrase": ""}, "empty"),
+        ("a.db", {}, "key file or with a passphrase"),
+    ):
+        with pytest.raises(KeystoreError, match=words):
+            Keystore(tmp_path / path, **settings)
+
+
+def test_a_keystore_shows_nothing_and_notices_changes(world):
+    (fetched,) = world.fetch()
+    path = world.folder / "keys" / "keystore.db"
+    canaries = [fetched.bundle.master_key, b"cells", fetched.document.owner.encode(), b"127.0.0.1"]
+    assert traces([path], canaries) == []
+    assert fetched.bundle.master_key.hex() not in repr(world.keystore.grants())
+    import sqlite3
+
+    with sqlite3.connect(path) as raw:
+        raw.execute(
+            "UPDATE entries SET sealed = CAST(substr(sealed, 1, 40) || x'00' || substr(sealed, 42) AS BLOB)"
+        )
+    raw.close()
+    with pytest.raises(KeystoreError, match="altered"):
+        world.keystore.grants()
+
+
+def test_what_is_no_keystore_is_named(tmp_path):
+    (tmp_path / "x.key").write_bytes(secrets.token_bytes(32))
+    (tmp_path / "x.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(KeystoreError):
+        Keystore(tmp_path / "x.db", key_file=tmp_path / "x.key")
+
+
+def test_forgotten_keys_leave_the_file(world):
+    (fetched,) = world.fetch()
+    path = world.folder / "keys" / "keystore.db"
+    import sqlite3
+
+    with sqlite3.connect(path) as raw:
+        blobs = [row[0] for row in raw.execute("SELECT sealed FROM entries WHERE length(sealed) > 1000")]
+    raw.close()
+    assert len(blobs) == 1 and traces([path], [blobs[0][:60]])
+    world.keystore.forget(fetched.document.owner, "cells")
+    assert traces([path], [blobs[0][:60]]) == []
