@@ -48,6 +48,8 @@ class Member:
     site: str
     layout: ModelLayout
     has_sum: str = ""
+    challenge: str = ""
+    """What statements for this site must repeat; empty where its model is no optimiser's state."""
 
 
 @dataclass(slots=True)
@@ -209,7 +211,8 @@ class Members:
         for old in [other for other, member in self.present.items() if member.site == site]:
             del self.present[old]
             self._refused[old] = StaleUpdateError.code
-        self.present[node] = Member(site, layout, str(identity.get("holds", "")))
+        holds, state_challenge = (str(identity.get(name, "")) for name in ("holds", "state_challenge"))
+        self.present[node] = Member(site, layout, holds, state_challenge)
         self.joined.add(site)
         self.say(f"site {site} joined ({len(self.present)}/{len(self.site_keys)})")
 

@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from flep_fl.ai_cloud.checkpoint import CheckpointFolder, RunState, SavedRun
 from flep_fl.ai_cloud.exchange import exchange, reply_status
 from flep_fl.ai_cloud.members import Member, Members
+from flep_fl.ai_cloud.transfers import Relay, bring_up_to_date
 from flep_fl.contracts.errors import (
     FlepError,
     MalformedUpdateError,
+    MissedSumError,
     QuorumError,
     SignatureError,
     SiteLostError,
@@ -58,6 +60,7 @@ from flep_fl.model_security.seal import (
     seal_control,
     seal_sum,
     sum_digest,
+    sum_previous,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -293,7 +296,7 @@ class EncryptedFedAvg(Strategy):
                     self._save()  # nobody may be asked twice under one attempt
                     again = f" (attempt {self.attempt})" if self.attempt > 1 else ""
                     self._say(f"round {number}/{self.terms.rounds}: training{again}")
-                    messages = self._messages("round", number, self._sample())
+                    messages = self._messages("round", number, self._able(grid, self._sample()))
                     self._account_down(messages)
                     self._aggregate(exchange(grid, messages, timeout=self.terms.round_timeout))
                 break
@@ -399,6 +402,28 @@ class EncryptedFedAvg(Strategy):
     def _hello(self, node: int, challenge: str) -> Message:
         return self._message(HELLO, self._instruction("hello", 0, challenge), node)
 
+    def _able(self, grid: Grid, members: dict[int, Member]) -> dict[int, Member]:
+        """Return ``members``, after those that missed a sum got the state that the last one follows."""
+        if self._sum is not None:
+            fit = (sum_previous(self._sum.blob), self._sum.digest)
+            relay = Relay(
+                ask=self._ask_for_state,
+                give=self._give_state,
+                payload=_payload,
+                timeout=self.terms.round_timeout,
+                say=self._say,
+            )
+            bring_up_to_date(grid, self.members.present, members, fit, relay)
+        return members
+
+    def _ask_for_state(self, node: int, challenge: str, donor: str) -> Message:
+        instruction = self._instruction("transfer", min(self.round, self.terms.rounds), challenge)
+        return self._message(MessageType.TRAIN, replace(instruction, donor=donor), node)
+
+    def _give_state(self, node: int, sealed: bytes) -> Message:
+        instruction = self._instruction("transfer", min(self.round, self.terms.rounds))
+        return self._message(MessageType.TRAIN, instruction, node, sealed)
+
     def _instruction(self, kind: Kind, number: int, challenge: str = "") -> Instruction:
         return Instruction(
             kind=kind,
@@ -468,7 +493,7 @@ class EncryptedFedAvg(Strategy):
                 adder.add(update.payload)
                 record.seconds["aggregate"] += time.perf_counter() - started
             except _Refused as exc:
-                if exc.reason == StaleUpdateError.code and member is not None:
+                if exc.reason in (StaleUpdateError.code, MissedSumError.code) and member is not None:
                     member.has_sum = ""  # it may have lost its state: send it the sum again
                 self._note_failure(site, exc.reason)
             except FlepError as exc:
@@ -579,7 +604,7 @@ class EncryptedFedAvg(Strategy):
         """Send the closing message to those who are here and have not had it."""
         evaluated = self._evaluated_round()
         waiting = {n: member for n, member in self.members.present.items() if member.site not in self._closed}
-        messages = self._messages("close", self.terms.rounds, waiting)
+        messages = self._messages("close", self.terms.rounds, self._able(grid, waiting))
         self._account_down(messages)
         for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
             member = waiting[node]

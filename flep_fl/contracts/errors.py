@@ -395,6 +395,12 @@ class OptimiserStateError(FlepError):
     code = "optimiser_state"
 
 
+class MissedSumError(UpdateError):
+    """A site missed a sum that its optimiser needs; another analyst has to hand the state over."""
+
+    code = "missed_sum"
+
+
 class TransferError(UpdateError):
     """A state handed over by another analyst is forged, old, foreign, or not what the others hold."""
 
@@ -563,6 +569,7 @@ PUBLIC_CODES: frozenset[str] = frozenset(
         StaleUpdateError,
         MalformedUpdateError,
         TransferError,
+        MissedSumError,
     )
 )
 """Reason codes that a site may tell an untrusted cloud; every other failure travels as ``error``."""

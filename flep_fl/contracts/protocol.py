@@ -22,6 +22,9 @@ HELLO = "query.hello"
 CLOSE = "query.close"
 """Flower message types beside ``train``: the handshake, and the last word of a run."""
 
+STATEMENTS = "statements"
+"""Field of the ``flep`` record with which a state travels: what the other sites say of it."""
+
 OK = "ok"
 ERROR = "error"
 
@@ -35,7 +38,7 @@ PUBLIC_METRICS = (
 )
 """All that a site tells the cloud in figures: unweighted metrics and times, never example counts."""
 
-Kind = Literal["hello", "round", "close"]
+Kind = Literal["hello", "round", "close", "transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Instruction:
     Attributes
     ----------
     kind
-        ``hello`` (who are you, do we agree), ``round`` (train), ``close`` (the run is over).
+        ``hello`` (who are you, do we agree), ``round`` (train), ``close`` (the run is over),
+        ``transfer`` (say which state you hold, or take one: see ``model_security.transfer``).
     federation, run
         Which federation, and which run of it (32 hex digits each); a run's number is used once.
     round, rounds
@@ -61,7 +65,10 @@ class Instruction:
     shared
         The shared settings themselves (hello only), so that a difference can be named.
     challenge
-        Random (hello only); the site's introduction repeats it, so that a recorded one is of no use.
+        Random; the answer repeats it, so that a recorded one is of no use. In hello the cloud's, in transfer
+        that of the site which lacks the state.
+    donor
+        In transfer: the site that is to hand the state over.
     """
 
     kind: Kind
@@ -76,6 +83,7 @@ class Instruction:
     layout: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     challenge: str = ""
+    donor: str = ""
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -104,12 +112,13 @@ class Instruction:
             instruction.config,
             instruction.layout,
             instruction.challenge,
+            instruction.donor,
         )
         numbers = (instruction.round, instruction.rounds, instruction.attempt, instruction.sum_round)
         if (
             not all(isinstance(value, str) for value in text)
             or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in numbers)
-            or instruction.kind not in ("hello", "round", "close")
+            or instruction.kind not in ("hello", "round", "close", "transfer")
             or not isinstance(instruction.shared, dict)
         ):
             raise MalformedUpdateError("An instruction of the cloud holds a field of the wrong type")

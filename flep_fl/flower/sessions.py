@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from flep_fl.config import Config, ckks_bound, ckks_max_examples, ckks_profile, update_mode
+from flep_fl.config import (
+    Config,
+    ckks_bound,
+    ckks_max_examples,
+    ckks_profile,
+    federated_optimiser,
+    update_mode,
+)
 from flep_fl.contracts.errors import KitError
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.flower.consent import sends_plain_weights
@@ -94,6 +101,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         cloud_key=federation.cloud_key(),
         clip=config.ckks.out_of_range == "clip",
         contribute_only=kit.contribute_only,
+        optimiser=federated_optimiser(config),
     )
 
     def make(initial: Callable[[], Arrays]) -> AnalystSession:

@@ -136,6 +136,11 @@ class Ledger:
         _, number = sum_position(blob)
         self._write(Entries(old.run, old.past, old.headers, sum_digest(blob), number))
 
+    def adopt(self, digest: str, number: int) -> None:
+        """Remember that the state after a sum was taken over from other analysts; the sum is not here."""
+        old = self.entries
+        self._write(Entries(old.run, old.past, old.headers, digest, number))
+
     def kept_sum(self) -> bytes | None:
         """Return the last accepted sum of the current run, sealed as it came; None where it is not here.
 

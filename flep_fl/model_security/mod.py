@@ -29,6 +29,7 @@ from flep_fl.contracts.protocol import (
     PAYLOAD_RECORD,
     PAYLOAD_STYPE,
     PUBLIC_METRICS,
+    STATEMENTS,
     Instruction,
 )
 from flep_fl.model_security.session import AnalystSession, Arrays
@@ -90,6 +91,8 @@ class _CkksMod:
         if instruction.kind == "close":
             self._close(message, context, instruction, figures)
             return _reply(message, {"status": OK}, figures=figures)
+        if instruction.kind == "transfer":
+            return self._transfer(message, instruction)
         self._receive(message, context, instruction, figures)
         try:
             blob = self._train(message, context, call_next, instruction, figures)
@@ -133,6 +136,22 @@ class _CkksMod:
                 found.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
         session.keep_figures(found)
         figures.update(found)
+
+    def _transfer(self, message: Message, instruction: Instruction) -> Message:
+        """Say which state this site holds, or take the one that the message brings."""
+        statements = message.content.config_records[FLEP_RECORD].get(STATEMENTS)
+        if statements is None:
+            statement, sealed = self.session.state_statement(instruction)
+            return _reply(message, {"status": OK, "statement": statement}, blob=sealed)
+        sealed = _payload(message)
+        told = statements if isinstance(statements, list) else []
+        words = [entry for entry in told if isinstance(entry, bytes)]
+        if sealed is None or len(words) != len(told):
+            raise MalformedUpdateError("The cloud relays no state, or statements of the wrong type")
+        self.session.take_state(words, sealed)
+        if self.on_model is not None:
+            self.on_model(self.session.model)
+        return _reply(message, {"status": OK})
 
     def _close(self, message: Message, context: Context, instruction: Instruction, figures: Figures) -> None:
         """End the run, whatever the last sum is worth: the cloud will not speak again."""

@@ -298,6 +298,13 @@ def sum_position(blob: bytes) -> tuple[str, int]:
     return str(document["run"]), int(document["round"])
 
 
+def sum_previous(blob: bytes) -> str:
+    """Return the digest of the sum before a sealed sum of this party's own; no signature is looked at."""
+    header, _, _ = _split(_SUM, blob)
+    first, _ = _parse_sum_header(header)["contributors"][0]
+    return _parse_update_header(_from_base64(first)).previous
+
+
 def open_sum(
     blob: bytes,
     *,

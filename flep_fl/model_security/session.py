@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,24 @@ from flep_fl.contracts.errors import (
     HaltedError,
     KitError,
     LayoutError,
+    MissedSumError,
     ModelKeyError,
     StaleUpdateError,
     SumCheckError,
+    TransferError,
     WeightRangeError,
 )
 from flep_fl.contracts.files import read_bytes, write_secret
-from flep_fl.contracts.ports import ModelCipher, SumTerms
+from flep_fl.contracts.ports import Float64Vector, ModelCipher, SumTerms
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.model_security import own_weights
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
 from flep_fl.model_security.contribution import average, weighted_vector
+from flep_fl.model_security.held_state import HeldState
 from flep_fl.model_security.keyring import CheckKey
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.ledger import Ledger
+from flep_fl.model_security.optimiser_settings import OptimiserSettings
 from flep_fl.model_security.profiles import vector_length
 from flep_fl.model_security.seal import (
     Expectation,
@@ -55,6 +59,7 @@ from flep_fl.model_security.seal import (
     seal_update,
     sum_position,
 )
+from flep_fl.model_security.transfer import Holding, agreed
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -83,6 +88,8 @@ class Membership:
         Whether weights beyond the bound are clipped rather than refused (``ckks.out_of_range``).
     contribute_only
         Whether this site holds the public key only. It takes note of sums, and goes on from its own weights.
+    optimiser
+        What every analyst makes of the average (``federation.optimizer``).
     """
 
     site: str
@@ -99,6 +106,7 @@ class Membership:
     cloud_key: Ed25519PublicKey
     clip: bool = False
     contribute_only: bool = False
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
 
 
 class AnalystSession:
@@ -149,6 +157,8 @@ class AnalystSession:
         """What this site has to say of the model of the last sum; empty until :meth:`keep_figures`."""
         self.closed = False
         self.failure: FlepError | None = None
+        self._held: HeldState | None = None
+        self._hold_start()
         self._restore()
 
     @property
@@ -188,23 +198,51 @@ class AnalystSession:
         Where it is missing or does not open, the site holds the first model and says so in its introduction:
         the cloud sends the sum again, and only the one that the ledger names is accepted.
         """
+        if self._held is not None:
+            self._restore_held(self._held)
         try:
             blob = self.ledger.kept_sum()
-            if blob is None:
-                return
-            _, number = sum_position(blob)
-            signed = self._open_sum(blob, number)
-            model = self._open(signed, number)
+            if blob is not None:
+                _, number = sum_position(blob)
+                signed = self._open_sum(blob, number)
+                model = self._open(signed, number)
+                if signed.digest != self.accepted:
+                    self.ledger.confirm_sum(blob)
+                self._believe(model, signed.digest)
         except FlepError as exc:
             _LOG.warning("the last accepted sum on disk is not used (%s): %s", type(exc).__name__, exc)
+        if self._model_of == "":
             return
-        if signed.digest != self.accepted:
-            self.ledger.confirm_sum(blob)
-        self.model, self._model_of = model, signed.digest
         with contextlib.suppress(KitError, ValueError, TypeError, KeyError, AttributeError):
             kept = json.loads(read_bytes(self._figures_file, what="The last figures", error=KitError))
-            if kept["sum"] == signed.digest:
+            if kept["sum"] == self._model_of:
                 self.figures = {str(name): float(value) for name, value in kept["figures"].items()}
+
+    def _restore_held(self, held: HeldState) -> None:
+        """Go on from the optimiser's state on disk; the last sum may be one step ahead of it, or missing."""
+        held.load()
+        if held.holding.round > self.accepted_round:
+            # It was handed over, and the process ended before the ledger said so.
+            self.ledger.adopt(held.holding.accepted, held.holding.round)
+        self.model, self._model_of = self.layout.unflatten(held.weights), held.holding.accepted
+
+    def _hold_start(self) -> None:
+        """Hold the optimiser's state at the first model, where the optimiser has one."""
+        m = self.membership
+        if m.optimiser.has_memory and not m.contribute_only:
+            start, weights = self._holding(0, self._model_of), self.layout.flatten(self._first)
+            self._held = HeldState(m.optimiser, self._check_key, self._state, start, weights)
+
+    def _holding(self, number: int, digest: str) -> Holding:
+        m = self.membership
+        run = self.ledger.entries.run
+        return Holding(m.federation, run, self.key_id, m.config, self.layout.digest, number, digest)
+
+    def _believe(self, model: Arrays, digest: str) -> None:
+        """Make the model of an accepted sum the current one."""
+        if self._held is not None:
+            self._held.commit()
+        self.model, self._model_of = model, digest
 
     @property
     def _figures_file(self) -> Path:
@@ -259,6 +297,7 @@ class AnalystSession:
         if self.ledger.enter(run):
             self.model, self._model_of, self.figures, self.closed = self._first, "", {}, False
             own_weights.forget(self._state)
+            self._hold_start()
 
     def _compare(self, instruction: Instruction) -> None:
         """Refuse an order that does not fit the run as this site knows it."""
@@ -298,6 +337,7 @@ class AnalystSession:
             "accepted_round": self.accepted_round,
             "signed_round": self.ledger.signed_round,
             "holds": self._model_of,
+            "state_challenge": self._held.draw_challenge() if self._held is not None else "",
         }
         return seal_control(text, self._signing_key)
 
@@ -337,7 +377,8 @@ class AnalystSession:
             write_secret(self._state / "halted", self.key_id.encode())
             raise
         self.ledger.record_sum(blob)
-        self.model, self._model_of, self.figures = model, signed.digest, {}
+        self._believe(model, signed.digest)
+        self.figures = {}
         return model
 
     def _open_sum(self, blob: bytes, number: int) -> SignedSum:
@@ -397,9 +438,73 @@ class AnalystSession:
                     values[self.layout.size + 1 :],
                     self.membership.profile.tolerance(len(signed.headers)),
                 )
-            return self.layout.unflatten(average(vector))
+            mean = average(vector)
+            if self._held is None:
+                return self.layout.unflatten(mean)
         except (ModelKeyError, CiphertextError, WeightRangeError, LayoutError) as exc:
             raise SumCheckError("The sum does not open to a sum of the signed updates") from exc
+        return self._step(self._held, mean, signed, number)
+
+    def _step(self, held: HeldState, mean: Float64Vector, signed: SignedSum, number: int) -> Arrays:
+        """Take the optimiser's step from the state that the contributors started from."""
+        if held.holding.accepted != signed.digest:
+            previous = signed.headers[0].previous  # open_sum made sure that all contributors agree
+            if held.holding.accepted != previous:
+                raise MissedSumError(
+                    f"Site {self.membership.site} missed a sum, and federation.optimizer="
+                    f"{self.membership.optimiser.name} needs every one",
+                    remedy="Nothing: another analyst hands the state over with the next round",
+                )
+            return self.layout.unflatten(held.prepare(mean, self._holding(number, signed.digest)))
+        return self.layout.unflatten(held.weights)
+
+    # --- the state of others ---------------------------------------------------------------------
+
+    def state_statement(self, instruction: Instruction) -> tuple[bytes, bytes | None]:
+        """Say which state this site holds; where it is the donor, with the sealed state itself.
+
+        Raises
+        ------
+        TransferError
+            When this federation's optimiser has no state, or this site cannot have it.
+        """
+        if self._held is None:
+            raise TransferError("This site holds no state that could be handed over")
+        m = self.membership
+        return self._held.statement(
+            m.site, instruction.challenge, self._signing_key, hand_over=instruction.donor == m.site
+        )
+
+    def take_state(self, statements: Sequence[bytes], sealed: bytes) -> None:
+        """Take the state that other analysts hand over, and make its weights the current model.
+
+        Raises
+        ------
+        TransferError
+            When it is forged, old, foreign, or not what enough other sites say that they hold.
+        """
+        if self._held is None:
+            raise TransferError("This site has no use for a state")
+        m = self.membership
+        statement = agreed(
+            statements,
+            sealed,
+            site_keys=m.site_keys,
+            joiner=m.site,
+            challenge=self._held.challenge(),
+            others=m.min_contributors - 1,
+        )
+        number, digest = statement.holding.round, statement.holding.accepted
+        if number == self.accepted_round and digest != self.accepted:
+            raise TransferError(
+                "The others hold another sum for a round whose sum this site has accepted",
+                remedy="Do not use this cloud again before its operator has explained it",
+            )
+        self._held.take_over(statement, sealed)
+        if number > self.accepted_round:
+            self.ledger.adopt(digest, number)
+        self.model, self._model_of = self.layout.unflatten(self._held.weights), digest
+        self.figures = {}
 
     # --- updates ---------------------------------------------------------------------------------
 
