@@ -1,4 +1,4 @@
-"""What encrypting, adding and decrypting take beside the vector and the payload, in processes of their own."""
+"""What encrypting, adding and decrypting take beside the vector, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def measure(profile: str, length: int, sites: int) -> dict[str, float]:
 
 
 def require_streaming(figures: dict[str, float], up: float) -> None:
-    # the payload as it grows; the sum (16 bytes a weight, 32 in the classic profile); the values (8)
-    assert figures["encrypt"] < 1.5 * up
-    assert figures["add"] < 18, "the sum and nothing that grows with the payload"
-    assert figures["result"] < 1.5 * 2 * up
-    assert figures["decrypt"] < 10
+    # the payload as it grows (twice, where it is moved); the sum (16 bytes a weight, 32 in the classic profile); the values (8)
+    assert figures["encrypt"] < 2.3 * up + 2
+    assert figures["add"] < 20, "the sum and nothing that grows with the payload"
+    assert figures["result"] < 1.5 * 2 * up + 4
+    assert figures["decrypt"] < 12
 
 
 @pytest.mark.parametrize(("profile", "up"), [("default", 7.6), ("compact", 5.1)])
 def test_nothing_is_held_but_the_vector_the_payload_and_the_sum(profile: str, up: float) -> None:
-    require_streaming(measure(profile, 600_000, 3), up)
+    require_streaming(measure(profile, 1_000_000, 3), up)
 
 
 @pytest.mark.slow
