@@ -57,7 +57,7 @@ def measure(profile: str, length: int, sites: int) -> dict[str, float]:
 
 
 def require_streaming(figures: dict[str, float], up: float) -> None:
-    # the payload as it grows (twice, where it is moved); the sum (16 bytes a weight, 32 in the classic profile); the values (8)
+    # the payload as it grows (twice, where it is moved); the sum, 16 bytes a weight; the values, 8
     assert figures["encrypt"] < 2.3 * up + 2
     assert figures["add"] < 20, "the sum and nothing that grows with the payload"
     assert figures["result"] < 1.5 * 2 * up + 4
