@@ -42,16 +42,22 @@ NOISE_FAMILIES = (*ADDITIVE_NOISE, "rician", "poisson_gaussian", "salt_and_peppe
 SHARED_SECTIONS = ("seed", "cloud", "ckks", "model", "train", "federation", "denoiser", "restore")
 """Sections that every party of a federation must hold alike; they travel in the startup kit."""
 
+OWN_SETTINGS = {"cloud": ("eval_data",)}
+"""What stands in a shared section and is one party's own affair all the same."""
+
 
 @dataclass
 class CloudConfig:
     """Who may see the model: ``untrusted``, ``trusted``, ``mixed`` or ``open``.
 
-    ``trusting``: with ``mixed``, the sites that send the cloud their weights in the clear.
+    ``trusting``: with ``mixed``, the sites that send the cloud their weights in the clear. ``eval_data``: a
+    trusted cloud's own test images, a data set's name or a folder of class folders; the server's own affair,
+    not shared.
     """
 
     trust: str = "untrusted"
     trusting: list[str] = field(default_factory=list)
+    eval_data: str | None = None
 
 
 @dataclass
@@ -566,6 +572,12 @@ def ckks_line(config: Config) -> str:
 
 
 def _check_trust(config: Config) -> None:
+    _require(
+        config.cloud.eval_data is None or config.cloud.trust in ("trusted", "open"),
+        f"cloud.eval_data={config.cloud.eval_data} needs a cloud that can open the model, not "
+        f"cloud={config.cloud.trust}",
+        "Leave it out, and let the sites evaluate; or provision for cloud=trusted",
+    )
     trusting = config.cloud.trusting
     _require(
         not trusting or config.cloud.trust == "mixed",
@@ -620,7 +632,12 @@ def shared_part(config: Config) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     if not isinstance(plain, dict):  # pragma: no cover - a dataclass becomes a dict
         raise ConfigError("The configuration does not follow the schema")
-    return {section: plain[section] for section in SHARED_SECTIONS}
+    return {section: _without_own(section, plain[section]) for section in SHARED_SECTIONS}
+
+
+def _without_own(section: str, value: Any) -> Any:
+    own = OWN_SETTINGS.get(section)
+    return {k: v for k, v in value.items() if k not in own} if own and isinstance(value, dict) else value
 
 
 def shared_digest(shared: Mapping[str, Any]) -> str:
@@ -676,7 +693,12 @@ def adopt_kit(cfg: DictConfig, shared: Mapping[str, Any], overrides: Sequence[st
         if key.partition(".")[0] not in SHARED_SECTIONS:
             continue
         ours, theirs = OmegaConf.select(cfg, key), OmegaConf.select(kit_view, key)
+        section, _, leaf = key.partition(".")
+        if leaf in OWN_SETTINGS.get(section, ()):
+            continue
         plain = [OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (ours, theirs)]
+        if not leaf:
+            plain = [_without_own(section, value) for value in plain]
         require_same({key: plain[0]}, {key: plain[1]}, we="the command line", they="the kit")
     merged = OmegaConf.merge(cfg, kit_view)
     if not isinstance(merged, DictConfig):  # pragma: no cover - merging mappings gives a mapping

@@ -51,7 +51,7 @@ from flep_fl.contracts.protocol import (
     Instruction,
     Kind,
 )
-from flep_fl.contracts.records import RoundRecord, SiteFailure
+from flep_fl.contracts.records import CloudEvaluation, RoundRecord, SiteFailure
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.seal import (
     Expectation,
@@ -131,7 +131,7 @@ class EncryptedFedAvg(Strategy):
         Returns a fresh adder for sums over a model of the given number of weights.
     on_sum
         Called with ``(round, sum payload, layout)`` after each accepted sum; a trusted cloud is wired to
-        open it there.
+        open it there, and may say what the model scores on its own images.
     on_change
         Called with all rounds so far after each of them; a later one completes the evaluation of an earlier.
     on_event
@@ -151,7 +151,7 @@ class EncryptedFedAvg(Strategy):
         make_adder: Callable[[int], Adder],
         *,
         message_bytes: Callable[[Message], int],
-        on_sum: Callable[[int, bytes, ModelLayout], None] | None = None,
+        on_sum: Callable[[int, bytes, ModelLayout], CloudEvaluation | None] | None = None,
         on_change: Callable[[list[RoundRecord]], None] | None = None,
         on_event: Callable[[str], None] | None = None,
         checkpoint: Path | None = None,
@@ -573,7 +573,9 @@ class EncryptedFedAvg(Strategy):
         blob = seal_sum(contributions, payload, self._signing_key)
         try:
             if self._on_sum is not None:
-                self._on_sum(record.round, payload, layout)
+                found = self._on_sum(record.round, payload, layout)
+                if found is not None:
+                    record.cloud_accuracy, record.cloud_loss = found.accuracy, found.loss
         except FlepError as exc:
             self._fail(exc)
             return

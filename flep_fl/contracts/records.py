@@ -48,6 +48,15 @@ class ArchiveManifest:
     test: int
 
 
+@dataclass(frozen=True, slots=True)
+class CloudEvaluation:
+    """What the global model scores on a trusted cloud's own images: accuracy 0..1, loss in nats, how many."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
 @dataclass(slots=True)
 class SiteFailure:
     """A site that contributed nothing to a round, and the reason code."""
@@ -77,6 +86,8 @@ class RoundRecord:
         Why the round produced no sum (a :class:`~flep_fl.contracts.errors.QuorumError`), else empty.
     attempts
         How often the round was opened: more than once where the cloud or its SuperLink ended in it.
+    cloud_accuracy, cloud_loss
+        The same on a trusted cloud's own images (``cloud.eval_data``); None without them.
     """
 
     round: int
@@ -91,4 +102,6 @@ class RoundRecord:
     replied: list[str] = field(default_factory=list)
     failed: list[SiteFailure] = field(default_factory=list)
     error: str = ""
+    cloud_accuracy: float | None = None
+    cloud_loss: float | None = None
     attempts: int = 1

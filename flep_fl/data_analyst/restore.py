@@ -138,7 +138,7 @@ def restore_split(
             stack = np.stack([image for image, _ in members])
             if denoise is not None and order == "restore_first":
                 stack = denoised(denoise, stack.reshape(-1, *stack.shape[2:])).reshape(stack.shape)
-            images.extend(np.stack([_reduce(plane, input_size) for plane in image]) for image in stack)
+            images.extend(np.stack([reduce_area(plane, input_size) for plane in image]) for image in stack)
             labels.extend(label for _, label in members)
     if not images:
         raise EmptyDatasetError(f"the {split} split has no usable record")
@@ -190,8 +190,8 @@ def _whole_levels(image: NDArray[np.float32], envelope: bytes) -> NDArray[np.flo
     return rounded
 
 
-def _reduce(image: NDArray[np.float32], side: int | None) -> NDArray[np.float32]:
-    """Reduce one channel (H, W)."""
+def reduce_area(image: NDArray[np.float32], side: int | None) -> NDArray[np.float32]:
+    """Reduce one channel, float32 (H, W), to ``side`` by area averages; never enlarge it."""
     if side is None or max(image.shape) <= side:
         return np.asarray(image, dtype=np.float32)
     floats = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))

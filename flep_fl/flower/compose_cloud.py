@@ -18,8 +18,9 @@ from flep_fl.ai_cloud.checkpoint import FOLDER as CHECKPOINT
 from flep_fl.ai_cloud.checkpoint import SavedRun
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
 from flep_fl.config import Config, ckks_profile, effective_quorum, participants, update_mode
+from flep_fl.contracts.errors import FlepError
 from flep_fl.contracts.ports import Adder
-from flep_fl.contracts.records import RoundRecord
+from flep_fl.contracts.records import CloudEvaluation, RoundRecord
 from flep_fl.flower.consent import require_consent
 from flep_fl.flower.models import write_model
 from flep_fl.flower.runtime.traffic import message_bytes
@@ -71,7 +72,7 @@ def cloud_strategy(
         kit.signing_key,
         adder_factory(kit, config),
         message_bytes=message_bytes,
-        on_sum=_model_writer(kit, config, out),
+        on_sum=_model_writer(kit, config, out, on_event or (lambda _line: None)),
         on_change=on_change,
         on_event=on_event,
         checkpoint=out / CHECKPOINT if checkpoint else None,
@@ -127,8 +128,10 @@ def cloud_app(strategy: EncryptedFedAvg) -> ServerApp:
     return app
 
 
-def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout], Arrays] | None:
-    """Return what opens a sum to the model that it is the average of; None for a cloud that holds no key.
+def average_opener(
+    kit: CloudKit, config: Config
+) -> Callable[[bytes, ModelLayout], NDArray[np.float64]] | None:
+    """Return what opens a sum to its average, float64, flat; None for a cloud that holds no key.
 
     Parameters
     ----------
@@ -153,18 +156,34 @@ def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout]
             values = cipher.decrypt(payload, vector_length(layout.size, checked=True))
             return values[: layout.size + 1]
 
-    return lambda payload, layout: layout.unflatten(average(open_sum(payload, layout)))
+    return lambda payload, layout: average(open_sum(payload, layout))
+
+
+def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout], Arrays] | None:
+    """Return what opens a sum to the model that it is the average of; None for a cloud that holds no key."""
+    opened = average_opener(kit, config)
+    return None if opened is None else lambda payload, layout: layout.unflatten(opened(payload, layout))
 
 
 def _model_writer(
-    kit: CloudKit, config: Config, out: Path
-) -> Callable[[int, bytes, ModelLayout], None] | None:
-    """Return what stores the global model after each sum; None for a cloud that holds no key."""
-    opened = model_opener(kit, config)
+    kit: CloudKit, config: Config, out: Path, say: Callable[[str], None]
+) -> Callable[[int, bytes, ModelLayout], CloudEvaluation | None] | None:
+    """Return what stores and evaluates the global model after each sum; None for a cloud without a key."""
+    opened = average_opener(kit, config)
     if opened is None:
         return None
+    from flep_fl.flower.global_model import evaluator, follower
 
-    def write(number: int, payload: bytes, layout: ModelLayout) -> None:
-        write_model(out / "model.npz", opened(payload, layout))
+    follow = follower(config, out / "optimiser.bin")
+    score = evaluator(config) if config.cloud.eval_data is not None else None
+
+    def write(number: int, payload: bytes, layout: ModelLayout) -> CloudEvaluation | None:
+        model = follow(number, opened(payload, layout), layout)
+        write_model(out / "model.npz", model)
+        try:
+            return score(model, layout) if score is not None else None
+        except FlepError as exc:  # the sum is a good one all the same
+            say(f"{type(exc).__name__}: {exc}")
+            return None
 
     return write

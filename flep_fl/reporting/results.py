@@ -91,6 +91,8 @@ def build_results(
         "config_digest": config_digest,
         "versions": versions(),
     }
+    if last is not None and last.cloud_accuracy is not None:
+        results["final"]["cloud_accuracy"] = last.cloud_accuracy
     if closing_failures:
         results["closing_failures"] = [dataclasses.asdict(failure) for failure in closing_failures]
     return results
@@ -100,6 +102,9 @@ def round_entry(record: RoundRecord) -> dict[str, Any]:
     """Return one round as plain JSON values."""
     entry = dataclasses.asdict(record)
     del entry["majority_accuracy"]
+    for name in ("cloud_accuracy", "cloud_loss"):
+        if entry[name] is None:
+            del entry[name]
     if not entry["error"]:
         del entry["error"]
     if entry["attempts"] == 1:

@@ -66,6 +66,8 @@ BAD = [
     ("data.limit=0", "data.limit", "null"),
     ("train.lr=0", "train.lr", "0.001"),
     ("train.proximal_mu=-1", "train.proximal_mu", "FedAvg"),
+    ("cloud.eval_data=digits", "cloud.eval_data", "sites evaluate"),
+    ("cloud.trusting=[a]", "cloud.trusting", "cloud=mixed"),
     ("federation.optimizer=fedadm", "federation.optimizer", "fedadam"),
     ("federation.optimizer_lr=0", "federation.optimizer_lr", "positive"),
     ("federation.momentum=1", "federation.momentum", "0.9"),
