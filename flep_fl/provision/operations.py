@@ -260,6 +260,8 @@ def rotate_keys(out: Path, *, revise: Revise = lambda shared: shared, **cloud: A
 def _make_room(out: Path, sites: Sequence[str]) -> None:
     """Refuse to overwrite kits; remove what an interrupted creation left."""
     mark = out / CREATING
+    for rest in out.glob(f".{CREATING}.*"):
+        rest.unlink()  # a killed command's half-written mark
     if mark.exists():
         with suppress(ValueError):  # killed before the mark was whole: nothing was written after it
             for party in json.loads(mark.read_bytes()):

@@ -1,0 +1,177 @@
+"""kill -9 at every step that touches a file: the kits are the old ones, the new ones, or refused by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federations import make_config
+
+from flep_fl.config import shared_part
+from flep_fl.contracts.errors import ConfigError, KitError, ProvisionInterruptedError
+from flep_fl.provision import loading
+from flep_fl.provision.kits import (
+    add_sites,
+    create_kits,
+    load_cloud_kit,
+    load_owner_kit,
+    load_site_kit,
+    revoke_sites,
+    rotate_keys,
+)
+from flep_fl.provision.manifest import NAME, read_manifest
+
+ADDRESS = "127.0.0.1:9092"
+SITES = ("a", "b", "c")
+SHARED = ("federation.sites=3", "federation.min_contributors=2")
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+
+def create(out: Path) -> None:
+    create_kits(shared_part(make_config(*SHARED)), SITES, out, address=ADDRESS)
+
+
+ACTIONS: dict[str, Callable[[Path], Any]] = {
+    "create": create,
+    "add": lambda out: add_sites(out, ["d"]),
+    "revoke": lambda out: revoke_sites(out, ["c"]),
+    "rotate": rotate_keys,
+}
+AFTER = {"create": (1, 0), "add": (1, 1), "revoke": (2, 0), "rotate": (2, 0)}
+PARTIES = {"create": SITES, "add": (*SITES, "d"), "revoke": ("a", "b"), "rotate": SITES}
+
+
+def killed_at(number: int, action: Callable[[Path], Any], out: Path) -> bool:
+    """Run ``action`` in a child that is killed before its ``number``-th change of a file below ``out``.
+
+    Returns whether it was killed, rather than at its end before.
+    """
+    pid = os.fork()
+    if pid == 0:
+        left = number
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event not in CHANGES or not str(arguments[0]).startswith(str(out)):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            action(out)
+        except BaseException:
+            os._exit(3)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, f"the {number}th step made the command fail"
+    return False
+
+
+def seen(out: Path, parties: tuple[str, ...]) -> set[tuple[int, int] | str]:
+    """Return which states the parties see: (generation, revision), or why they refuse their kits."""
+    found: set[tuple[int, int] | str] = set()
+    for party in ("cloud", "owner", *parties):
+        load = {"cloud": load_cloud_kit, "owner": load_owner_kit}.get(party, load_site_kit)
+        try:
+            federation = load(out / party).federation
+            found.add((federation.generation, federation.revision))
+        except ProvisionInterruptedError as exc:
+            assert "Run the same command again" in str(exc)
+            found.add("interrupted")
+        except KitError as exc:
+            found.add(f"{type(exc).__name__}: {exc.problem[:40]}")
+    return found
+
+
+def check_kill(name: str, number: int, made: Path | None, out: Path) -> bool:
+    """Kill at one step, look, run the same command again, look again."""
+    if made is not None:
+        shutil.copytree(made, out)
+    killed = killed_at(number, ACTIONS[name], out)
+    new, parties = AFTER[name], PARTIES[name]
+    if not killed:
+        assert seen(out, parties) == {new}
+        return False
+    old_parties = parties if name != "add" else SITES
+    states = seen(out, old_parties)
+    if name == "create":
+        whole = states == {new}
+        assert states in ({new}, {"interrupted"}) or all("no startup kit" in str(state) for state in states)
+    else:
+        whole = states == {new}
+        assert states in ({(1, 0)}, {new}, {"interrupted"}), f"step {number}: {states}"
+    identifier = read_manifest(out / "a").federation if (out / "a" / NAME).exists() else ""
+    try:
+        ACTIONS[name](out)
+        expected = (new[0] + 1, 0) if whole and name == "rotate" else new
+    except ConfigError as exc:
+        assert whole, f"step {number}: {exc}"  # it had been done, and cannot be done twice
+        expected = new
+    assert seen(out, parties) == {expected}, f"step {number}: done once, not twice"
+    if name != "create":
+        assert read_manifest(out / "a").federation == identifier
+    rest = [path for path in out.rglob("*") if path.name.startswith((".", "pending"))]
+    assert rest == [], f"step {number}"
+    return True
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "kits"
+    create(folder)
+    return folder
+
+
+def run(name: str, made: Path, folder: Path, numbers: range) -> int:
+    """Check many steps; return how many were checked before the command came to its end."""
+    for count, number in enumerate(numbers):
+        out = folder / f"kits-{number}"
+        killed = check_kill(name, number, None if name == "create" else made, out)
+        shutil.rmtree(out)
+        if not killed:
+            return count
+    raise AssertionError("the command has more steps than were tried")
+
+
+@pytest.mark.parametrize("name", ["create", "add", "revoke", "rotate"])
+@pytest.mark.slow
+def test_a_kill_at_any_step_leaves_the_old_state_or_the_new_one(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    assert run(name, made, tmp_path, range(1, 400)) > 40
+
+
+@pytest.mark.parametrize("name", ["create", "rotate"])
+def test_a_kill_at_some_steps_leaves_the_old_state_or_the_new_one(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    """The same for a few steps: before, at and after the moment of change."""
+    assert run(name, made, tmp_path, range(1, 400, 12)) > 4
+
+
+def test_the_search_sees_a_mix_where_nobody_refuses_it(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the refusal, some step shows old and new kits side by side: the check above can fail."""
+    monkeypatch.setattr(loading, "interrupted", lambda _out: False)
+    for number in range(55, 200, 6):
+        out = tmp_path / f"kits-{number}"
+        shutil.copytree(made, out)
+        if not killed_at(number, rotate_keys, out):
+            break
+        if len(seen(out, SITES)) > 1:
+            return
+    raise AssertionError("no mix was found")
