@@ -32,6 +32,9 @@ def run_server(cfg: DictConfig) -> None:
     kit = load_cloud_kit(Path(cfg.kit))
     config = kit_config(cfg, kit.federation.shared, kit.federation.address)
     saved = _saved_run(Path(cfg.resume), kit, config) if cfg.resume else None
+    from flep_fl.flower.transport import cloud_security
+
+    security = cloud_security(kit, config)
     from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
     from flep_fl.flower.processes import stop_on_signals
     from flep_fl.flower.runtime.cloud import run_cloud
@@ -68,6 +71,7 @@ def run_server(cfg: DictConfig) -> None:
                 run_config={},
                 stop=stop,
                 log=progress,
+                security=security,
                 database="memory" if config.runtime.database == "memory" else "disk",
             )
         finally:
@@ -103,6 +107,9 @@ def run_client(cfg: DictConfig) -> None:
         require(cfg, "archive", "archive/a")
     kit = load_site_kit(Path(cfg.kit))
     config = kit_config(cfg, kit.federation.shared, kit.federation.address)
+    from flep_fl.flower.transport import site_security
+
+    security = site_security(kit, config)
     from flep_fl.flower.compose_site import prepare_site
     from flep_fl.flower.processes import interruptible, stop_on_signals
     from flep_fl.flower.runtime.site import run_site
@@ -134,6 +141,7 @@ def run_client(cfg: DictConfig) -> None:
                 idle_timeout=config.runtime.idle_timeout,
                 node_config={},
                 log=progress,
+                security=security,
             )
         except IdleTimeoutError:
             # A site that waits for further runs ends in good order once it has seen one to its end.

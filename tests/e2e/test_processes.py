@@ -29,7 +29,8 @@ SITES = ("a", "b", "c")
 
 @pytest.fixture
 def parties(tmp_path: Path) -> Iterator[Parties]:
-    made = make_parties(tmp_path, SITES, "federation.rounds=2", "train.local_epochs=1")
+    # TLS and node authentication, as kits for other machines have them.
+    made = make_parties(tmp_path, SITES, "federation.rounds=2", "train.local_epochs=1", "runtime.tls=on")
     yield made
     made.stop()
 
@@ -61,10 +62,13 @@ def secrets_of(parties: Parties) -> dict[str, list[bytes]]:
     for kit in kits:
         for key in ("signing.key", "decryption.key"):
             found[f"{kit.name}/{key}"] = windows((kit / key).read_bytes())
-        # The scalar as it is, and where it stands in the file (before it stands the public half).
+        # The scalar as it is, and as the file's text spells it (beside it stands the public half).
         node = (kit / "node.key").read_bytes()
-        scalar = load_ssh_private_key(node, None).private_numbers().private_value
-        found[f"{kit.name}/node.key"] = [*windows(scalar.to_bytes(48, "big")), *windows(node[-160:-40])]
+        scalar = load_ssh_private_key(node, None).private_numbers().private_value.to_bytes(48, "big")
+        text = b"".join(node.split(b"\n")[1:-2])
+        start = base64.b64decode(text).index(scalar)
+        spelt = text[-(-start // 3) * 4 : (start + 48) // 3 * 4]
+        found[f"{kit.name}/node.key"] = [*windows(scalar), *windows(spelt)]
     return found
 
 
