@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import Context, Message, RecordDict
@@ -63,6 +64,9 @@ class LocalGrid(Grid):
         self._log = log or (lambda _line: None)
         self._run = Run.create_empty(_RUN_ID)
         self._pending: dict[str, WireMessage] = {}
+        # What several waiting messages have in common (the sum) is held once, as a SuperLink does.
+        self._objects: dict[str, bytes] = {}
+        self._uses: Counter[str] = Counter()
         self._dead: set[int] = set()
         set_task_identity(_RUN_ID)
 
@@ -104,23 +108,37 @@ class LocalGrid(Grid):
         for message in messages:
             if message.metadata.dst_node_id not in self._apps:
                 raise ValueError(f"there is no node {message.metadata.dst_node_id}")
-            wire = to_wire(message)
-            self._pending[wire.message_id] = wire
-            ids.append(wire.message_id)
+            ids.append(self._keep(to_wire(message)))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Execute the first waiting message among ``message_ids`` and return its reply, if there is one."""
         for message_id in message_ids:
-            wire = self._pending.pop(message_id, None)
+            wire = self._take(message_id)
             if wire is not None:
-                return [self._execute(from_wire(wire))]
+                message = from_wire(wire)
+                del wire
+                return [self._execute(message)]
         return []
 
     def forget_messages(self, message_ids: Iterable[str]) -> None:
         """Drop messages that wait; nobody wants their replies any more."""
         for message_id in message_ids:
-            self._pending.pop(message_id, None)
+            self._take(message_id)
+
+    def _keep(self, wire: WireMessage) -> str:
+        shared = {one: self._objects.setdefault(one, content) for one, content in wire.objects.items()}
+        self._uses.update(list(shared))
+        self._pending[wire.message_id] = WireMessage(wire.message_id, shared)
+        return wire.message_id
+
+    def _take(self, message_id: str) -> WireMessage | None:
+        wire = self._pending.pop(message_id, None)
+        for one in () if wire is None else wire.objects:
+            self._uses[one] -= 1
+            if not self._uses[one]:
+                del self._uses[one], self._objects[one]
+        return wire
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import hmac
 import json
@@ -24,6 +25,12 @@ from flep_fl.flower.runtime.tls import fingerprint
 _HEALTH = "/health"
 _FLEET = "/v1/fleet/"
 _ARRIVALS = frozenset({"/v1/fleet/register-node", "/v1/fleet/activate-node"})
+_TRANSFERS = frozenset({"/v1/fleet/push-object", "/v1/fleet/pull-object"})
+MOST_TRANSFERS = 8
+"""Chunks (5 MB each) that are in the SuperLink's memory at a time; the others wait in their senders."""
+_TRANSFER_LIMIT = 120.0
+"""Seconds for one chunk, so that a site that stands still keeps no place; it tries again by itself."""
+
 _REPEAT_SECONDS = 60.0
 _MOST_KNOWN = 1000
 """How many refused parties are remembered, so that each is told of once a minute only."""
@@ -69,6 +76,7 @@ class SitesPort:
     def __init__(self, app: ASGIApp, refusals: Refusals | None = None) -> None:
         self._app = app
         self._refusals = refusals
+        self._transfers = asyncio.Semaphore(MOST_TRANSFERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 404."""
@@ -76,6 +84,14 @@ class SitesPort:
         if scope["type"] != "http" or not (path == _HEALTH or path.startswith(_FLEET)):
             await _not_here(scope, receive, send)
             return
+        if path not in _TRANSFERS:
+            await self._answer(scope, receive, send)
+            return
+        # The body of a request is read by the app, so that nothing piles up of those that wait here.
+        async with self._transfers, asyncio.timeout(_TRANSFER_LIMIT):
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusals = self._refusals
         if refusals is None:
             await self._app(scope, receive, send)

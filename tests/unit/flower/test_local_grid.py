@@ -179,3 +179,13 @@ def test_a_server_app_runs_with_its_run_config() -> None:
     context = run_server_app(app, grid, {"rounds": 2, "name": "x"})
     assert seen == [{"rounds": 2, "name": "x"}]
     assert context.state["sum"]["v"] == 2.0 * sum(NODES)
+
+
+def test_what_waiting_messages_have_in_common_is_held_once() -> None:
+    grid = make_grid(Recorder())
+    ids = list(grid.push_messages(messages(np.arange(100_000.0))))
+    held = sum(map(len, grid._objects.values()))
+    assert 800_000 < held < 810_000
+    list(grid.pull_messages(ids[:1]))
+    grid.forget_messages([*ids, "unknown"])
+    assert (grid._objects, dict(grid._uses), grid._pending) == ({}, {}, {})

@@ -12,11 +12,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.serverapp import ServerApp
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.run import Run
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import HttpGrid
 
 from flep_fl.contracts.errors import ConfigError, PortInUseError, RuntimeStartError
@@ -24,8 +29,9 @@ from flep_fl.flower.processes import Interrupted
 from flep_fl.flower.runtime.cloud import run_cloud
 from flep_fl.flower.runtime.environment import bind, log_tail, new_secret, parse_address, use_environment
 from flep_fl.flower.runtime.grid import GuardedGrid
-from flep_fl.flower.runtime.ports import AdminPort, SitesPort
-from flep_fl.flower.runtime.replies import whole_replies
+from flep_fl.flower.runtime.ports import MOST_TRANSFERS, AdminPort, SitesPort
+from flep_fl.flower.runtime.replies import dropped_orders, forget, whole_replies
+from flep_fl.flower.runtime.store import SMALL_OBJECT, FileObjectStore, empty_folder, remove_folder
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.flower.runtime.wire import from_wire, set_task_identity, to_wire
 
@@ -271,3 +277,116 @@ def test_a_reply_that_does_not_decode_costs_the_others_nothing(monkeypatch: pyte
     assert bad.has_error()
     assert bad.error.reason == "malformed"
     assert bad.metadata.reply_to_message_id == "bad"
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def test_the_superlink_takes_in_a_bounded_number_of_chunks_at_a_time() -> None:
+    inside = most = 0
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.sleep(0.01)
+        inside -= 1
+
+    async def requests(path: str) -> None:
+        port: Any = SitesPort(app)
+        scope = {"type": "http", "path": path, "headers": []}
+        await asyncio.gather(*(port(scope, None, None) for _ in range(40)))
+
+    asyncio.run(requests("/v1/fleet/push-object"))
+    assert most == MOST_TRANSFERS
+    # A heartbeat never waits for them.
+    asyncio.run(requests("/v1/fleet/send-node-heartbeat"))
+    assert most == 40
+
+
+def stored(store: InMemoryObjectStore, message: Message) -> str:
+    """Announce and store a message with all its objects."""
+    wire = to_wire(message)
+    store.preregister(1, get_object_tree(message))
+    for object_id, content in wire.objects.items():
+        store.put(object_id, content)
+    return wire.message_id
+
+
+def test_large_objects_lie_in_private_files_until_their_last_message_is_gone(tmp_path: Path) -> None:
+    store = FileObjectStore(tmp_path)
+    payload = np.random.default_rng(0).integers(0, 256, 6_000_000, dtype=np.uint8)
+    first, second = make_message(payload), make_message(payload)
+    second.content["config"] = ConfigRecord({"n": 2})
+    ids = [stored(store, first), stored(store, second)]
+    files = sorted(tmp_path.iterdir())
+    # 6 MB are two chunks; both messages have the same two.
+    assert len(files) == 2
+    assert sum(file.stat().st_size for file in files) == pytest.approx(6_000_000, rel=1e-3)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert sum(len(entry.content) for entry in store.store.values()) < 5_000
+    contents = {one: store.get(one) for one in to_wire(first).objects}
+    assert contents == to_wire(first).objects
+    store.delete(ids[0])
+    assert sorted(tmp_path.iterdir()) == files
+    store.delete(ids[1])
+    assert list(tmp_path.iterdir()) == []
+    assert len(store) == 0
+    assert store.get(files[0].name) is None
+
+
+def test_an_object_that_was_not_announced_or_is_not_what_it_says_leaves_no_file(tmp_path: Path) -> None:
+    store = FileObjectStore(tmp_path)
+    wire = to_wire(make_message(np.arange(100_000)))
+    chunk = next(one for one, content in wire.objects.items() if len(content) > SMALL_OBJECT)
+    with pytest.raises(NoObjectInStoreError):
+        store.put(chunk, wire.objects[chunk])
+    with pytest.raises(ValueError, match="does not match"):
+        store.put(chunk, wire.objects[chunk] + b"x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "left-by-a-killed-one").touch()
+    empty_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    remove_folder(tmp_path)
+    remove_folder(tmp_path)
+    assert not tmp_path.exists()
+
+
+def link_state() -> Any:
+    """Return Flower's own link state, patched as in the SuperLink, with a run and one node that is there."""
+    state = InMemoryLinkState(NoOpFederationManager(), InMemoryObjectStore())
+    node = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, b"key", 30.0)
+    state.activate_node(node, 30.0)
+    run = state.create_run("f", "1", "h", {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP)
+    return state, node, run
+
+
+def test_what_nobody_waits_for_is_dropped_and_a_late_reply_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        InMemoryLinkState, "delete_messages", dropped_orders(InMemoryLinkState.delete_messages)
+    )
+    state, node, run = link_state()
+    set_task_identity(run)
+
+    def order(number: int) -> Message:
+        content = RecordDict({"config": ConfigRecord({"n": number})})
+        message = Message(content, node, "train")
+        stored(state.object_store, message)
+        assert state.store_message_ins(message) == message.metadata.message_id
+        return message
+
+    def reply(message: Message) -> Message:
+        answer = Message(RecordDict({"config": ConfigRecord({"x": 1})}), reply_to=message)
+        answer.metadata.__dict__["_src_node_id"] = node
+        stored(state.object_store, answer)
+        return answer
+
+    answered, silent = order(1), order(2)
+    assert state.store_message_res(reply(answered)) is not None
+    assert len(state.object_store) > 0
+    forget(state, {answered.metadata.message_id, silent.metadata.message_id, "unknown"})
+    assert (state.num_message_ins(), state.num_message_res(), len(state.object_store)) == (0, 0, 0)
+    assert state.get_message_ins(node, 1) == []
+    assert state.store_message_res(reply(silent)) is None
