@@ -109,7 +109,8 @@ def _collect(
         for node, reply, _ in exchange(grid, messages, timeout=relay.timeout):
             if reply is None or reply_status(reply) != OK:
                 continue
-            statement = reply.content.config_records[FLEP_RECORD].get("statement")
+            record = reply.content[FLEP_RECORD]  # (a view such as config_records would hold the reply)
+            statement = record.get("statement") if isinstance(record, ConfigRecord) else None
             if not isinstance(statement, bytes):
                 continue
             statements.append(statement)

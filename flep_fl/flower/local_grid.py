@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -23,6 +24,8 @@ from flep_fl.flower.runtime.wire import (
 Scalar = str | int | float | bool
 
 _RUN_ID = 1
+LARGE_MESSAGE = 1_000_000
+"""Bytes from which a message that was dealt with is worth a run of the garbage collector."""
 
 
 class LocalGrid(Grid):
@@ -116,15 +119,24 @@ class LocalGrid(Grid):
         for message_id in message_ids:
             wire = self._take(message_id)
             if wire is not None:
-                message = from_wire(wire)
-                del wire
-                return [self._execute(message)]
+                return [self._answered(wire)]
         return []
 
     def forget_messages(self, message_ids: Iterable[str]) -> None:
         """Drop messages that wait; nobody wants their replies any more."""
         for message_id in message_ids:
             self._take(message_id)
+
+    def _answered(self, wire: WireMessage) -> Message:
+        size = wire.size
+        message = from_wire(wire)
+        del wire
+        reply = self._execute(message)
+        del message
+        if size >= LARGE_MESSAGE:
+            # flwr's views of a message (``content.array_records``) are reference cycles that hold it.
+            gc.collect()
+        return reply
 
     def _keep(self, wire: WireMessage) -> str:
         shared = {one: self._objects.setdefault(one, content) for one, content in wire.objects.items()}

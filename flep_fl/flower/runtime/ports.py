@@ -26,7 +26,7 @@ _HEALTH = "/health"
 _FLEET = "/v1/fleet/"
 _ARRIVALS = frozenset({"/v1/fleet/register-node", "/v1/fleet/activate-node"})
 _TRANSFERS = frozenset({"/v1/fleet/push-object", "/v1/fleet/pull-object"})
-MOST_TRANSFERS = 8
+MOST_TRANSFERS = 4
 """Chunks (5 MB each) that are in the SuperLink's memory at a time; the others wait in their senders."""
 _TRANSFER_LIMIT = 120.0
 """Seconds for one chunk, so that a site that stands still keeps no place; it tries again by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -314,7 +315,11 @@ def _run_task(
             reply, outcome, details = _answer(app, message, context, site=site, log=log)
             push_message(task, reply, context)
             push_task_output(task, context, outcome, details)
-            return reply.metadata.message_id
+            reply_id: str = reply.metadata.message_id
+        # flwr's views of a message (``content.array_records``) are reference cycles that hold a whole model.
+        del message, reply
+        gc.collect()
+        return reply_id
     except httpx.HTTPError as exc:
         _is_alive(node, peer)
         log(f"{site}: a message was lost on the way to the local SuperNode ({type(exc).__name__})")

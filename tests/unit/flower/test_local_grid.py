@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -189,3 +192,24 @@ def test_what_waiting_messages_have_in_common_is_held_once() -> None:
     list(grid.pull_messages(ids[:1]))
     grid.forget_messages([*ids, "unknown"])
     assert (grid._objects, dict(grid._uses), grid._pending) == ({}, {}, {})
+
+
+def test_a_large_message_that_was_dealt_with_is_gone() -> None:
+    received: list[weakref.ref[Array]] = []
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        # flwr's view of the records is a reference cycle that holds the message.
+        received.append(weakref.ref(message.content.array_records["arrays"]["v"]))
+        return Message(RecordDict(), reply_to=message)
+
+    grid = LocalGrid({2: app})
+    gc.disable()
+    try:
+        for _ in range(3):
+            ids = grid.push_messages(messages(np.arange(200_000.0), (2,)))
+            list(grid.pull_messages(ids))
+        assert [reference() for reference in received] == [None] * 3
+    finally:
+        gc.enable()
