@@ -60,8 +60,8 @@ class ImageStore(Protocol):
         """Return the largest sequence number that was ever stored for a device, None for a device never seen.
 
         It is written in the transaction of the capture and stays when records are deleted: what was deleted
-        must not come back by a replay. The gateway refuses whatever does not lie above it and is not the
-        repetition of a record that is there (:meth:`submit` tells those two apart).
+        must not come back by a replay. :meth:`submit` refuses a capture at or below it unless that is the
+        repetition of a record that is there.
         """
         ...
 

@@ -273,18 +273,25 @@ class OwnerDatabase(Catalogue):
         """Store rows in one transaction, those that are there already left out; one outcome a row."""
         with self.write() as connection:
             known = self._known(connection, rows)
+            last = self._sequences_of(connection, [row["capture"] for row in rows])
             outcomes: list[Receipt | Exception] = []
             fresh: list[dict[str, Any]] = []
             for row in rows:
                 same = [known[index] for index in (row["origin"], row["request"]) if index in known]
+                capture: Capture = row["capture"]
+                if not same and 0 <= capture.sequence <= last.get(capture.device_id, -1):
+                    # Never stored, or stored and deleted: what was deleted must not come back by a replay.
+                    outcomes.append(_used(last[capture.device_id]))
+                    continue
                 if not same:
+                    last[capture.device_id] = capture.sequence
                     fresh.append(row)
                     for index in (row["origin"], row["request"]):
                         if index is not None:
                             known[index] = row["capture"], row["record_id"]
                     outcomes.append(Receipt(row["record_id"], is_new=True))
                     continue
-                outcomes.append(self._repeated(connection, row["capture"], same))
+                outcomes.append(self._repeated(connection, capture, same))
             self._insert(connection, fresh)
             self._remember_sequences(connection, [row["capture"] for row in fresh])
         return outcomes
@@ -306,12 +313,16 @@ class OwnerDatabase(Catalogue):
             found[str(content["device"])] = int(content["last"])
         return found
 
+    def _sequences_of(self, connection: Connection, captures: Sequence[Capture]) -> dict[str, int]:
+        devices = {capture.device_id for capture in captures}
+        return self._last_sequences(connection, {name: self.blind_index("device", name) for name in devices})
+
     def _remember_sequences(self, connection: Connection, captures: Sequence[Capture]) -> None:
         largest: dict[str, int] = {}
         for capture in captures:
             largest[capture.device_id] = max(capture.sequence, largest.get(capture.device_id, -1))
         indexes = {device: self.blind_index("device", device) for device in largest}
-        known = self._last_sequences(connection, indexes)
+        known = self._sequences_of(connection, captures)
         fresh, changed = [], []
         for device, index in indexes.items():
             if largest[device] <= known.get(device, -1):
@@ -663,6 +674,14 @@ class OwnerDatabase(Catalogue):
         for table in (schema.released, schema.images, schema.records):
             connection.execute(delete(table).where(table.c.seq.in_(seqs)))
         return len(seqs)
+
+
+def _used(last: int) -> SequenceConflictError:
+    return SequenceConflictError(
+        "the device's sequence number does not lie above its last one",
+        expected=f"more than {last}",
+        remedy="A device counts on from its last number, also after a restart",
+    )
 
 
 def _whole_rows() -> Any:
