@@ -12,10 +12,7 @@ from flep_fl.contracts.records import ArchiveManifest, SealedRecord
 
 Float64Vector = NDArray[np.float64]
 ImageBatch = NDArray[np.uint8] | NDArray[np.uint16]
-"""uint8 or uint16 over the whole range, grey (N, H, W) or with channels (N, C, H, W).
-
-The cipher and the analyst take all of these; the owner's database holds 8-bit grey images so far.
-"""
+"""uint8 or uint16 over the whole range, grey (N, H, W) or with channels (N, C, H, W)."""
 
 Denoise = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """(N, H, W) float32 on the 0..255 scale in, the same out."""
@@ -37,7 +34,7 @@ class ImageCipher(Protocol):
 
 
 class RecordSource(Protocol):
-    """Where an analyst's sealed records come from: a local archive, later a gateway."""
+    """Where an analyst's sealed records come from: a local archive, which may have been fetched from a gateway."""
 
     def manifest(self) -> ArchiveManifest:
         """Describe the archive; checked for integrity."""
