@@ -132,6 +132,9 @@ class CkksConfig:
 class DataConfig:
     """The owner's images. ``image_size`` null keeps the native size; ``limit`` null takes all.
 
+    ``mode`` is what a folder's files are decoded to: ``grey`` (8 bits), or ``native``: colour stays colour,
+    and grey of 16 bits stays so.
+
     An analyst's own: ``owners`` are the addresses of gateways to fetch from, ``https://HOST:PORT``, with
     ``#KEY`` where the owner's key is known; ``owner_ca`` is the certificate authority of their certificates;
     ``cache`` keeps sealed records and keystore (null: ``owners`` in the kit's folder).
@@ -142,6 +145,7 @@ class DataConfig:
     image_size: int | None = None
     limit: int | None = None
     test_fraction: float = 0.2
+    mode: str = "grey"
     owners: list[str] = field(default_factory=list)
     owner_ca: str | None = None
     cache: str | None = None
@@ -321,6 +325,7 @@ def check(config: Config) -> None:
     _one_of("restore.order", config.restore.order, ("restore_first", "denoise_first"))
     _one_of("denoiser", config.denoiser.name, ("dncnn9", "none"), targets)
     _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
+    _one_of("data.mode", config.data.mode, ("grey", "native"))
     _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)
     _one_of("model", config.model.name, ("cnn",), targets)
     _one_of("federation.optimizer", config.federation.optimizer, list(OPTIMISERS))

@@ -34,7 +34,7 @@ class ImageCipher(Protocol):
 
 
 class RecordSource(Protocol):
-    """Where an analyst's sealed records come from: a local archive, which may have been fetched from a gateway."""
+    """Where an analyst's sealed records come from: a local archive, fetched or handed over."""
 
     def manifest(self) -> ArchiveManifest:
         """Describe the archive; checked for integrity."""

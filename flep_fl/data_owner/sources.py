@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
@@ -19,14 +19,20 @@ from flep_fl.contracts.errors import (
     ImageFormatError,
     MissingExtraError,
 )
+from flep_fl.contracts.owner_records import OwnerImage
 from flep_fl.data_owner.partition import stratified_subset
 
 GreyImage = NDArray[np.uint8]
 """uint8, shape (H, W), 0..255."""
 
+MODES = ("grey", "native")
+"""What files are decoded to: 8-bit grey, or grey and colour of 8 bits and grey of 16 bits as they are."""
+
 _EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 )
+_GREY_MODES = frozenset({"1", "L", "LA"})
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 _DEFECT_PROBABILITY = 0.5
 
 
@@ -39,7 +45,7 @@ class OwnerImages:
     name
         Name of the data set.
     images
-        Grey images, uint8, shape (H, W) each; a folder's are decoded on access.
+        uint8 or uint16, shape (H, W) or (3, H, W) each; a folder's are decoded on access.
     labels
         Class index of every image.
     classes
@@ -47,7 +53,7 @@ class OwnerImages:
     """
 
     name: str
-    images: Sequence[GreyImage] = field(repr=False)
+    images: Sequence[OwnerImage] = field(repr=False)
     labels: list[int] = field(repr=False)
     classes: tuple[str, ...]
 
@@ -56,7 +62,13 @@ Loader = Callable[[Path | None], OwnerImages]
 
 
 def load_source(
-    name: str, *, path: Path | None = None, image_size: int | None = None, limit: int | None = None, seed: int
+    name: str,
+    *,
+    path: Path | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+    seed: int,
+    mode: str = "grey",
 ) -> OwnerImages:
     """Load a data set.
 
@@ -73,6 +85,8 @@ def load_source(
         Number of images to keep, a stratified random subset; None (or more than there are) keeps all.
     seed
         Seed of the subset, >= 0.
+    mode
+        One of :data:`MODES`; only ``folder`` has other images than grey ones.
 
     Returns
     -------
@@ -88,8 +102,10 @@ def load_source(
     EmptyDatasetError
         The folder, or one of its class folders, holds no image.
     ImageFormatError
-        A file does not decode to 8-bit pixels (raised on access for ``folder``).
+        A file does not decode to such pixels (raised on access for ``folder``).
     """
+    if mode not in MODES:
+        raise ConfigError("data.mode is unknown", expected="one of " + ", ".join(MODES), found=mode)
     if name not in SOURCES:
         raise ConfigError("data.name is unknown", expected="one of " + ", ".join(sorted(SOURCES)), found=name)
     if image_size is not None and not 1 <= image_size <= 16384:
@@ -97,6 +113,8 @@ def load_source(
     if limit is not None and limit < 1:
         raise ConfigError("data.limit is out of range", expected=">= 1 or null", found=limit)
     source = SOURCES[name](path)
+    if mode == "native" and isinstance(source.images, _Files):
+        source = replace(source, images=source.images.with_decoder(decode_native))
     chosen = list(range(len(source.labels)))
     if limit is not None and limit < len(chosen):
         chosen = stratified_subset(source.labels, limit, seed).tolist()
@@ -115,43 +133,66 @@ def resize_area(image: GreyImage, side: int) -> GreyImage:
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
 
 
-class _Selection(Sequence[GreyImage]):
+def resize_native(image: OwnerImage, side: int) -> OwnerImage:
+    """Resample like :func:`resize_area`, channel by channel and in the image's own dtype."""
+    if image.shape[-2:] == (side, side):
+        return image
+    if image.dtype == np.uint8:
+        planes = [resize_area(plane.astype(np.uint8, copy=False), side) for plane in _planes(image)]
+        return planes[0] if image.ndim == 2 else np.stack(planes)
+    levels = [
+        Image.fromarray(plane.astype(np.float32)).resize((side, side), Image.Resampling.BOX)
+        for plane in _planes(image)
+    ]
+    deep: NDArray[np.uint16] = np.rint(np.stack([np.asarray(level) for level in levels])).astype(np.uint16)
+    return deep.reshape(*image.shape[:-2], side, side)
+
+
+def _planes(image: OwnerImage) -> list[OwnerImage]:
+    return [image] if image.ndim == 2 else list(image)
+
+
+class _Selection(Sequence[OwnerImage]):
     """Some of the images, in order, resized on access."""
 
-    def __init__(self, images: Sequence[GreyImage], chosen: list[int], side: int | None) -> None:
+    def __init__(self, images: Sequence[OwnerImage], chosen: list[int], side: int | None) -> None:
         self._images, self._chosen, self._side = images, chosen, side
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     @overload
-    def __getitem__(self, index: int) -> GreyImage: ...
+    def __getitem__(self, index: int) -> OwnerImage: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[GreyImage]: ...
-    def __getitem__(self, index: int | slice) -> GreyImage | Sequence[GreyImage]:
+    def __getitem__(self, index: slice) -> Sequence[OwnerImage]: ...
+    def __getitem__(self, index: int | slice) -> OwnerImage | Sequence[OwnerImage]:
         if isinstance(index, slice):
             return _Selection(self._images, self._chosen[index], self._side)
         image = self._images[self._chosen[index]]
-        return image if self._side is None else resize_area(image, self._side)
+        return image if self._side is None else resize_native(image, self._side)
 
 
-class _Files(Sequence[GreyImage]):
-    """Image files, decoded to grey on access: a large folder never lies in memory at once."""
+class _Files(Sequence[OwnerImage]):
+    """Image files, decoded on access: a large folder never lies in memory at once."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: list[Path], decode: Callable[[Path], OwnerImage]) -> None:
+        self._paths, self._decode = paths, decode
+
+    def with_decoder(self, decode: Callable[[Path], OwnerImage]) -> _Files:
+        """Return the same files, decoded another way."""
+        return _Files(self._paths, decode)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     @overload
-    def __getitem__(self, index: int) -> GreyImage: ...
+    def __getitem__(self, index: int) -> OwnerImage: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[GreyImage]: ...
-    def __getitem__(self, index: int | slice) -> GreyImage | Sequence[GreyImage]:
+    def __getitem__(self, index: slice) -> Sequence[OwnerImage]: ...
+    def __getitem__(self, index: int | slice) -> OwnerImage | Sequence[OwnerImage]:
         if isinstance(index, slice):
-            return _Files(self._paths[index])
-        return decode_grey(self._paths[index])
+            return _Files(self._paths[index], self._decode)
+        return self._decode(self._paths[index])
 
 
 def decode_grey(path: Path) -> GreyImage:
@@ -185,6 +226,44 @@ def decode_grey(path: Path) -> GreyImage:
         raise ImageFormatError(
             f"an image file cannot be decoded: {path}", remedy="Replace or remove the file"
         ) from exc
+
+
+def decode_native(path: Path) -> OwnerImage:
+    """Decode an image file as it is: grey of 8 or 16 bits (H, W), or colour of 8 bits (3, H, W).
+
+    Palettes become colour, and transparency is dropped.
+
+    Raises
+    ------
+    ImageFormatError
+        The file does not decode, or has colour of more than 8 bits (Pillow would cut it to 8).
+    """
+    try:
+        with Image.open(path) as image:
+            deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+            if image.mode in _SIXTEEN_BIT_MODES:
+                pixels = np.asarray(image)
+                if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
+                    raise _too_deep(path, image.mode)
+                return pixels.astype(np.uint16)
+            if image.mode not in _EIGHT_BIT_MODES or deep:
+                raise _too_deep(path, image.mode)
+            if image.mode in _GREY_MODES:
+                return np.asarray(image.convert("L"))
+            return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+        raise ImageFormatError(
+            f"an image file cannot be decoded: {path}", remedy="Replace or remove the file"
+        ) from exc
+
+
+def _too_deep(path: Path, mode: str) -> ImageFormatError:
+    return ImageFormatError(
+        f"an image has more bits than can be kept: {path}",
+        expected="grey of 8 or 16 bits, or colour of 8 bits",
+        found=f"mode {mode}",
+        remedy="Convert it first",
+    )
 
 
 def _load_elpv(_path: Path | None) -> OwnerImages:
@@ -228,7 +307,7 @@ def _load_folder(path: Path | None) -> OwnerImages:
         raise EmptyDatasetError(
             f"a class folder holds no image: {path / classes[empty[0]]}", remedy="Fill or remove it"
         )
-    files = _Files([Path(file) for file, _ in pairs])
+    files = _Files([Path(file) for file, _ in pairs], decode_grey)
     return OwnerImages(path.resolve().name, files, [label for _, label in pairs], tuple(classes))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flep_fl.config import Config
 from flep_fl.contracts.errors import ArchiveError, DenoiserError, EmptyDatasetError
 from flep_fl.contracts.files import write_secret
+from flep_fl.contracts.owner_records import stacked
 from flep_fl.contracts.ports import Denoise, Entropy, ImageCipher
 from flep_fl.data_owner.partition import held_out_shares, partition, split_test
 from flep_fl.data_owner.release import seal_archive
@@ -93,6 +94,7 @@ def release_data_set(
         image_size=data.image_size,
         limit=data.limit,
         seed=config.seed,
+        mode=data.mode,
     )
     bundle = ImageKeyBundle.generate(
         cipher_parameters(config),
@@ -207,8 +209,9 @@ def restore_quality(
     restored: list[float] = []
     noisy: list[float] = []
     for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]:
-        image: NDArray[np.uint8] = np.asarray(source.images[index])
-        envelopes = cipher.encrypt(image[None])
+        plain = source.images[index]
+        envelopes = cipher.encrypt(stacked([plain]))
+        image = plain * np.float32(255 / np.iinfo(plain.dtype).max)  # the scale of what is restored
         noisy.append(psnr(image, restore(cipher, envelopes)[0]))
         best = restore(cipher, envelopes, denoise, order)[0] if denoise else None
         restored.append(noisy[-1] if best is None else psnr(image, best))

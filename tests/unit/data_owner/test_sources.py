@@ -136,3 +136,41 @@ def test_area_average_does_not_alias():
     stripes = np.zeros((128, 128), np.uint8)
     stripes[:, ::2] = 200
     assert set(resize_area(stripes, 32).ravel()) == {100}
+
+
+def test_native_mode_keeps_colour_and_depth(tmp_path):
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    deep = rng.integers(0, 65536, (9, 7), dtype=np.uint16)
+    grey = rng.integers(0, 256, (9, 7), dtype=np.uint8)
+    for name, pixels in (("a", colour), ("b", deep), ("c", grey)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "x.png")
+    first, second, third = load_source("folder", path=tmp_path, seed=0, mode="native").images
+    np.testing.assert_array_equal(first, colour.transpose(2, 0, 1))
+    np.testing.assert_array_equal(second, deep)
+    np.testing.assert_array_equal(third, grey)
+    assert (first.dtype, second.dtype) == (np.uint8, np.uint16)
+    small = load_source("folder", path=tmp_path, seed=0, mode="native", image_size=3).images
+    assert [image.shape for image in small] == [(3, 3, 3), (3, 3), (3, 3)]
+    np.testing.assert_allclose(small[1].mean(), deep[:, :].mean(), rtol=0.05)
+
+
+def test_colour_of_16_bits_is_refused_rather_than_cut(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = b"".join(b"\0" + bytes(range(12)) for _ in range(2))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    with pytest.raises(ImageFormatError, match="more bits"):
+        load_source("folder", path=tmp_path, seed=0, mode="native").images[0]
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ConfigError, match=r"data.mode"):
+        load_source("digits", seed=0, mode="sepia")
