@@ -13,6 +13,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +95,8 @@ class Terms:
         As configured under ``federation``.
     participants
         How many sites are asked in a round.
+    every_sum
+        Whether the analysts' optimiser needs every sum, so that a site which missed one needs its state.
     """
 
     federation: str
@@ -107,6 +110,7 @@ class Terms:
     participants: int
     quorum: int
     round_timeout: float
+    every_sum: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,7 @@ class EncryptedFedAvg(Strategy):
         self._evaluations: dict[int, dict[str, Mapping[str, float]]] = {}
         self.members = Members(self.run, terms.site_keys, self._hello, self._say, self._compare)
         self._sum: _SealedSum | None = None
+        self._start = ""  # name of the first model that the sites carried over from earlier keys
         self._record = RoundRecord(0)
         if resume is not None:
             self._go_on_with(resume)
@@ -404,8 +409,10 @@ class EncryptedFedAvg(Strategy):
 
     def _able(self, grid: Grid, members: dict[int, Member]) -> dict[int, Member]:
         """Return ``members``, after those that missed a sum got the state that the last one follows."""
-        if self._sum is not None:
-            fit = (sum_previous(self._sum.blob), self._sum.digest)
+        if self._sum is None:
+            self._start = self._start or _common_start(self.members.present.values())
+        if self._held and (self._sum is None or self.terms.every_sum):
+            fit = (sum_previous(self._sum.blob) if self._sum else self._start, self._held)
             relay = Relay(
                 ask=self._ask_for_state,
                 give=self._give_state,
@@ -415,6 +422,11 @@ class EncryptedFedAvg(Strategy):
             )
             bring_up_to_date(grid, self.members.present, members, fit, relay)
         return members
+
+    @property
+    def _held(self) -> str:
+        """Digest of what up-to-date sites hold: the last sum, or a first model that they carried over."""
+        return self._sum.digest if self._sum else self._start
 
     def _ask_for_state(self, node: int, challenge: str, donor: str) -> Message:
         instruction = self._instruction("transfer", min(self.round, self.terms.rounds), challenge)
@@ -432,7 +444,7 @@ class EncryptedFedAvg(Strategy):
             round=number,
             rounds=self.terms.rounds,
             attempt=max(self.attempt, 1),
-            previous=self._sum.digest if self._sum else "",
+            previous=self._held,
             sum_round=self._sum.round if self._sum else 0,
             config=self.terms.digest,
             layout=self.members.layout.digest if self.members.layout else "",
@@ -543,7 +555,7 @@ class EncryptedFedAvg(Strategy):
             key_id=self.terms.key_id,
             round=self._record.round,
             attempt=max(self.attempt, 1),
-            previous=self._sum.digest if self._sum else "",
+            previous=self._held,
             layout=layout.digest,
             profile=self.terms.profile,
             config=self.terms.digest,
@@ -643,6 +655,12 @@ def _metrics(reply: Message) -> dict[str, float]:
         if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
             found[name] = min(float(value), 1.0) if "accuracy" in name else float(value)
     return found
+
+
+def _common_start(members: Iterable[Member]) -> str:
+    """Return the name of the carried-over first model that most sites hold; empty where none does."""
+    held = Counter(member.has_sum for member in members if member.has_sum)
+    return held.most_common(1)[0][0] if held else ""
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from flep_fl.ai_cloud.checkpoint import FOLDER as CHECKPOINT
 from flep_fl.ai_cloud.checkpoint import SavedRun
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
-from flep_fl.config import Config, ckks_profile, effective_quorum, participants, update_mode
+from flep_fl.config import (
+    Config,
+    ckks_profile,
+    effective_quorum,
+    federated_optimiser,
+    participants,
+    update_mode,
+)
 from flep_fl.contracts.errors import FlepError
 from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.records import CloudEvaluation, RoundRecord
@@ -96,6 +103,7 @@ def cloud_terms(kit: CloudKit, config: Config) -> Terms:
         participants=participants(config),
         quorum=effective_quorum(config),
         round_timeout=config.federation.round_timeout,
+        every_sum=federated_optimiser(config).has_memory,
     )
 
 
@@ -171,6 +179,12 @@ def _model_writer(
     """Return what stores and evaluates the global model after each sum; None for a cloud without a key."""
     opened = average_opener(kit, config)
     if opened is None:
+        return None
+    if kit.federation.generation > 1 and federated_optimiser(config).has_memory:
+        say(
+            "the cloud stores and scores no model: after a rotation it does not know the one that "
+            f"federation.optimizer={config.federation.optimizer} starts from"
+        )
         return None
     from flep_fl.flower.global_model import evaluator, follower
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flep_fl.config import (
@@ -13,16 +15,19 @@ from flep_fl.config import (
     federated_optimiser,
     update_mode,
 )
-from flep_fl.contracts.errors import KitError
+from flep_fl.contracts.errors import KitError, ModelKeyError
 from flep_fl.contracts.ports import ModelCipher
 from flep_fl.flower.consent import sends_plain_weights
+from flep_fl.model_security.carry_over import CarryOver, EarlierKeys
 from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey
 from flep_fl.model_security.mixed import TrustingModelCipher
 from flep_fl.model_security.plain import PlainModelCipher
 from flep_fl.model_security.schemes import SECRET_BYTES, load_scheme
 from flep_fl.model_security.session import AnalystSession, Arrays, Membership
-from flep_fl.provision.kits import SiteKit
+from flep_fl.provision.kits import SiteKit, forget_previous
+
+_LOG = logging.getLogger(__name__)
 
 SessionFactory = Callable[[Callable[[], Arrays]], AnalystSession]
 
@@ -104,7 +109,26 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         optimiser=federated_optimiser(config),
     )
 
+    carry = None
+    if federation.generation > 1 and not kit.contribute_only:
+        carry = CarryOver(state, _earlier_keys(kit, config), partial(forget_previous, kit))
+
     def make(initial: Callable[[], Arrays]) -> AnalystSession:
-        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state)
+        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state, carry)
 
     return make
+
+
+def _earlier_keys(kit: SiteKit, config: Config) -> list[EarlierKeys]:
+    """Return the earlier generations that still open something; keys of another profile do not."""
+    found = []
+    for keys in kit.previous:
+        try:
+            if config.cloud.trust == "open":
+                cipher: ModelCipher = PlainModelCipher("open")
+            else:
+                cipher = analyst_cipher(keys.model_key or b"", config)
+            found.append(EarlierKeys(cipher, CheckKey.from_bytes(keys.check_key)))
+        except ModelKeyError as exc:
+            _LOG.warning("keys of generation %d are not used: %s", keys.generation, exc)
+    return found

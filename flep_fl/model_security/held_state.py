@@ -29,7 +29,9 @@ from flep_fl.model_security.transfer import (
     seal_state,
 )
 
-_FILE = "optimiser.bin"
+STATE_FILE = "optimiser.bin"
+"""Name of the state in a site's folder."""
+
 _CHALLENGE = "challenge"
 
 
@@ -70,7 +72,7 @@ class HeldState:
 
     def load(self) -> None:
         """Take the state on disk, where it is one of this run, key and model."""
-        path = self._folder / _FILE
+        path = self._folder / STATE_FILE
         if not path.exists():
             return
         blob = read_bytes(path, what="The optimiser's state", error=KitError)
@@ -161,7 +163,7 @@ class HeldState:
 
     def _keep(self, holding: Holding, state: OptimiserState) -> None:
         sealed = seal_state(self._key, "kept", holding, state.to_bytes())
-        write_secret(self._folder / _FILE, sealed)
+        write_secret(self._folder / STATE_FILE, sealed)
         self.holding, self.state = holding, state
 
     def _read(self, data: bytes) -> OptimiserState:

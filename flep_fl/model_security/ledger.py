@@ -21,6 +21,9 @@ from flep_fl.contracts.errors import KitError, StaleUpdateError
 from flep_fl.contracts.files import read_bytes, remove_unfinished, write_secret
 from flep_fl.model_security.seal import parse_header, signed_header, sum_digest, sum_position
 
+SUM_FILE = "sum.bin"
+"""Name of the last accepted sum in a site's folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entries:
@@ -70,7 +73,7 @@ class Ledger:
             raise KitError(
                 f"Another process uses the kit with {folder}", remedy="Run one `python -m clients` per kit"
             ) from exc
-        remove_unfinished(folder, "ledger.json", "upload.bin", "sum.bin", "figures.json")
+        remove_unfinished(folder, "ledger.json", "upload.bin", SUM_FILE, "figures.json")
         self.entries = self._read()
 
     def close(self) -> None:
@@ -127,7 +130,7 @@ class Ledger:
 
     def record_sum(self, blob: bytes) -> None:
         """Keep a sealed sum that has passed every check, and remember that it was accepted."""
-        write_secret(self._folder / "sum.bin", blob)
+        write_secret(self._folder / SUM_FILE, blob)
         self.confirm_sum(blob)
 
     def confirm_sum(self, blob: bytes) -> None:
@@ -152,7 +155,7 @@ class Ledger:
         UpdateError
             When the file is not a sealed sum (any more).
         """
-        path = self._folder / "sum.bin"
+        path = self._folder / SUM_FILE
         if not path.exists():
             return None
         blob = read_bytes(path, what="The last accepted sum", error=KitError)

@@ -124,7 +124,7 @@ class _CkksMod:
             started = time.perf_counter()
             session.accept_sum(blob, instruction)
             found["seconds_decrypt"] = time.perf_counter() - started
-        elif not instruction.previous or session.figures:
+        elif instruction.sum_round == 0 or session.figures:
             figures.update(session.figures)
             return
         contributes = session.membership.contribute_only  # it has no global model to write or evaluate

@@ -305,6 +305,21 @@ def sum_previous(blob: bytes) -> str:
     return _parse_update_header(_from_base64(first)).previous
 
 
+def kept_payload(blob: bytes) -> tuple[UpdateHeader, bytes]:
+    """Return one contributor's header and the payload of a sealed sum that this party has kept itself.
+
+    Raises
+    ------
+    UpdateError
+        It is damaged; no signature is looked at.
+    """
+    header, _, payload = _split(_SUM, blob)
+    document = _parse_sum_header(header)
+    _check_payload(_SUM, payload, document["payload_bytes"], document["payload_sha256"])
+    first, _ = document["contributors"][0]
+    return _parse_update_header(_from_base64(first)), payload
+
+
 def open_sum(
     blob: bytes,
     *,

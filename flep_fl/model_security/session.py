@@ -40,6 +40,7 @@ from flep_fl.contracts.ports import Float64Vector, ModelCipher, SumTerms
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.model_security import own_weights
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
+from flep_fl.model_security.carry_over import CarryOver, start_digest
 from flep_fl.model_security.contribution import average, weighted_vector
 from flep_fl.model_security.held_state import HeldState
 from flep_fl.model_security.keyring import CheckKey
@@ -129,6 +130,8 @@ class AnalystSession:
         Returns the first model, made from the seed in the kit.
     state
         Folder for the ledger, the last upload and the last accepted sum; survives restarts of the site.
+    carry
+        After a rotation of the keys: the model that the first run under the new ones starts from.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class AnalystSession:
         check_key: CheckKey | None,
         initial: Callable[[], Arrays],
         state: Path,
+        carry: CarryOver | None = None,
     ) -> None:
         self.membership = membership
         self._signing_key = signing_key
@@ -152,7 +156,13 @@ class AnalystSession:
         self.model: Arrays = self._first
         if membership.contribute_only:
             self.model = own_weights.load(state, self.layout) or self._first
-        self._model_of = ""  # digest of the sum that ``model`` is the average of
+        self._carry = None if membership.contribute_only else carry
+        carried = self._carry.weights(self.layout) if self._carry is not None else None
+        if carried is not None:
+            self.model = self._first = self.layout.unflatten(carried)
+        self._own_start = self._digest_of_start() if carried is not None else ""
+        self._start = self._own_start  # names the first model; empty where it follows from the kit's seed
+        self._model_of = self._start  # digest of the sum that ``model`` is the average of
         self.figures: Mapping[str, float] = {}
         """What this site has to say of the model of the last sum; empty until :meth:`keep_figures`."""
         self.closed = False
@@ -168,8 +178,8 @@ class AnalystSession:
 
     @property
     def accepted(self) -> str:
-        """Digest of the last accepted sum; empty before the first."""
-        return self.ledger.entries.accepted
+        """Digest of the last accepted sum; before the first that of a carried-over model, or empty."""
+        return self.ledger.entries.accepted or self._start
 
     @property
     def accepted_round(self) -> int:
@@ -211,7 +221,7 @@ class AnalystSession:
                 self._believe(model, signed.digest)
         except FlepError as exc:
             _LOG.warning("the last accepted sum on disk is not used (%s): %s", type(exc).__name__, exc)
-        if self._model_of == "":
+        if self._model_of == self._start:
             return
         with contextlib.suppress(KitError, ValueError, TypeError, KeyError, AttributeError):
             kept = json.loads(read_bytes(self._figures_file, what="The last figures", error=KitError))
@@ -225,12 +235,18 @@ class AnalystSession:
             # It was handed over, and the process ended before the ledger said so.
             self.ledger.adopt(held.holding.accepted, held.holding.round)
         self.model, self._model_of = self.layout.unflatten(held.weights), held.holding.accepted
+        if held.holding.round == 0:
+            self._start = held.holding.accepted
+
+    def _digest_of_start(self) -> str:
+        weights = self.layout.flatten(self._first).astype("<f8").tobytes()
+        return start_digest(self._check_key, self.membership.federation, self.layout, weights)
 
     def _hold_start(self) -> None:
-        """Hold the optimiser's state at the first model, where the optimiser has one."""
+        """Hold the state at the first model, where others may need it or it is needed for the next step."""
         m = self.membership
-        if m.optimiser.has_memory and not m.contribute_only:
-            start, weights = self._holding(0, self._model_of), self.layout.flatten(self._first)
+        if self._carry is not None or (m.optimiser.has_memory and not m.contribute_only):
+            start, weights = self._holding(0, self._start), self.layout.flatten(self._first)
             self._held = HeldState(m.optimiser, self._check_key, self._state, start, weights)
 
     def _holding(self, number: int, digest: str) -> Holding:
@@ -242,7 +258,11 @@ class AnalystSession:
         """Make the model of an accepted sum the current one."""
         if self._held is not None:
             self._held.commit()
+            if not self.membership.optimiser.has_memory:
+                self._held = None  # a sum says it all from here on
         self.model, self._model_of = model, digest
+        if self._carry is not None:
+            self._carry.done()
 
     @property
     def _figures_file(self) -> Path:
@@ -295,7 +315,8 @@ class AnalystSession:
 
     def _begin(self, run: str) -> None:
         if self.ledger.enter(run):
-            self.model, self._model_of, self.figures, self.closed = self._first, "", {}, False
+            self._start = self._own_start
+            self.model, self._model_of, self.figures, self.closed = self._first, self._start, {}, False
             own_weights.forget(self._state)
             self._hold_start()
 
@@ -333,7 +354,7 @@ class AnalystSession:
             "challenge": instruction.challenge,
             "layout": self.layout.to_json(),
             # The cloud knows these, unless it was resumed from an old state, or this site lost its own.
-            "accepted": self.accepted,
+            "accepted": self.ledger.entries.accepted,
             "accepted_round": self.accepted_round,
             "signed_round": self.ledger.signed_round,
             "holds": self._model_of,
@@ -345,6 +366,9 @@ class AnalystSession:
 
     def is_current(self, instruction: Instruction) -> bool:
         """Whether the model held here is the one that the cloud speaks of."""
+        if self.membership.contribute_only and instruction.sum_round == 0:
+            # It cannot open the first model; whether all mean the same is seen when updates are added.
+            self._start = self._model_of = instruction.previous
         return instruction.previous == self._model_of == self.accepted
 
     def accept_sum(self, blob: bytes, instruction: Instruction) -> Arrays:
@@ -400,8 +424,8 @@ class AnalystSession:
         previous: str | None = None  # a site that missed rounds cannot know which sum the others had
         if number in own:
             previous = parse_header(bytes.fromhex(own[number])).previous
-        elif number == self.accepted_round + 1:
-            previous = self.accepted
+        elif number == self.accepted_round + 1 and (number > 1 or self._carry is None):
+            previous = self.accepted  # a site may not know the model that a run after a rotation starts from
         return Expectation(
             federation=m.federation,
             run=self.ledger.entries.run,
@@ -439,7 +463,7 @@ class AnalystSession:
                     self.membership.profile.tolerance(len(signed.headers)),
                 )
             mean = average(vector)
-            if self._held is None:
+            if self._held is None or not self.membership.optimiser.has_memory:
                 return self.layout.unflatten(mean)
         except (ModelKeyError, CiphertextError, WeightRangeError, LayoutError) as exc:
             raise SumCheckError("The sum does not open to a sum of the signed updates") from exc
@@ -495,7 +519,9 @@ class AnalystSession:
             others=m.min_contributors - 1,
         )
         number, digest = statement.holding.round, statement.holding.accepted
-        if number == self.accepted_round and digest != self.accepted:
+        if number == 0 and (self.accepted_round > 0 or self.ledger.signed_round > 0 or self._carry is None):
+            raise TransferError("A first model is handed over to a site that has started from another")
+        if 0 < number == self.accepted_round and digest != self.accepted:
             raise TransferError(
                 "The others hold another sum for a round whose sum this site has accepted",
                 remedy="Do not use this cloud again before its operator has explained it",
@@ -504,6 +530,8 @@ class AnalystSession:
         if number > self.accepted_round:
             self.ledger.adopt(digest, number)
         self.model, self._model_of = self.layout.unflatten(self._held.weights), digest
+        if number == 0:
+            self._start = digest
         self.figures = {}
 
     # --- updates ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ MOMENTUM = OptimiserSettings("fedavgm", 0.8, 0.5)
 
 def make(folder: Path, settings: OptimiserSettings = ADAM, *, rounds: int = 5, **options: Any) -> Sessions:
     sessions = make_sessions(folder, rounds=rounds, quorum=2, **options)
+    sessions.terms = replace(sessions.terms, every_sum=settings.has_memory)
     for analyst in sessions.analysts.values():
         analyst.membership = replace(analyst.membership, optimiser=settings)
     return sessions
