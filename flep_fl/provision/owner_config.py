@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from flep_fl.config import DataConfig, TrainConfig
+from flep_fl.config import CipherConfig, DataConfig, NoiseConfig, TrainConfig
 from flep_fl.contracts.errors import ConfigError
 
 ACTIONS: dict[str, str] = {
@@ -28,6 +28,17 @@ ACTIONS: dict[str, str] = {
     "status": "flep_fl.provision.owner_devices:run_status",
     "audit": "flep_fl.provision.owner_audit:run_audit",
     "rules": "flep_fl.provision.owner_audit:run_rules",
+    "release": "flep_fl.provision.owner_store:run_release",
+    "grant": "flep_fl.provision.owner_store:run_grant",
+    "grants": "flep_fl.provision.owner_store:run_grants",
+    "revoke": "flep_fl.provision.owner_store:run_revoke",
+    "rotate": "flep_fl.provision.owner_store:run_rotate",
+    "rekey": "flep_fl.provision.owner_store:run_rekey",
+    "backup": "flep_fl.provision.owner_store:run_backup",
+    "restore": "flep_fl.provision.owner_store:run_restore",
+    "retain": "flep_fl.provision.owner_store:run_retain",
+    "delete": "flep_fl.provision.owner_store:run_delete",
+    "accept_clock": "flep_fl.provision.owner_store:run_accept_clock",
 }
 """Actions by name: where the function is that does it, imported when it is asked for."""
 
@@ -115,6 +126,20 @@ class OwnerConfig:
     audit_key: str | None = None
     group: str = "gateway"
     out: str | None = None
+    cipher: CipherConfig = field(default_factory=CipherConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    allow_targets: list[str] = field(default_factory=list)
+    analyst: str | None = None
+    kit: str | None = None
+    verify_key: str | None = None
+    encryption_key: str | None = None
+    until: str | None = None
+    share: list[int] = field(default_factory=lambda: [0, 1])
+    grant: str | None = None
+    backup: str | None = None
+    records: list[str] = field(default_factory=list)
+    max_age_days: float | None = None
+    dry_run: bool = False
 
 
 def register_owner() -> None:

@@ -29,10 +29,10 @@ def run_dataset(config: OwnerConfig) -> None:
     from flep_fl.config import Config
     from flep_fl.data_owner.sources import load_source
     from flep_fl.data_security.keys import ImageKeyBundle
-    from flep_fl.private_database.store import OwnerDatabase
-    from flep_fl.provision.owner import cipher_parameters, noise_parameters
+    from flep_fl.provision.owner import cipher_parameters, noise_parameters, secret_images
+    from flep_fl.provision.owner_store import open_database
 
-    defaults = Config()
+    settings = Config(cipher=config.cipher, noise=config.noise, allow_targets=list(config.allow_targets))
     classes, name = list(config.classes), config.dataset
     if not classes:
         name_of_source = "folder" if config.images else config.data.name
@@ -43,8 +43,13 @@ def run_dataset(config: OwnerConfig) -> None:
             "action=dataset needs a name", expected="dataset=NAME classes=[A,B], or data=digits"
         )
     home = load_home(Path(config.home))
-    with OwnerDatabase(config.database or home.database, home.database_key()) as database:
-        bundle = ImageKeyBundle.generate(cipher_parameters(defaults), noise_parameters(defaults))
+    with open_database(config, home) as database:
+        bundle = ImageKeyBundle.generate(
+            cipher_parameters(settings),
+            noise_parameters(settings),
+            cipher_name=config.cipher.name,
+            secret_images=secret_images(settings),
+        )
         database.add_dataset(name, classes, test_fraction=config.test_fraction, bundle=bundle)
     say(f"data set {name}: {len(classes)} classes")
 
@@ -95,9 +100,9 @@ def _serve_all(
     from flep_fl.data_owner.gateway.release import Release, release_app
     from flep_fl.data_owner.gateway.server import Endpoint
     from flep_fl.private_database.releases import ReleaseBook
-    from flep_fl.private_database.store import OwnerDatabase
+    from flep_fl.provision.owner_store import open_database
 
-    database = stack.enter_context(OwnerDatabase(config.database or home.database, home.database_key()))
+    database = stack.enter_context(open_database(config, home))
     registry = DeviceRegistry(home.devices, home.administrators, threshold=home.threshold)
     listeners: dict[str, Listener] = {}
     for name in LISTENERS:
