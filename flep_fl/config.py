@@ -675,6 +675,17 @@ def require_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, we: str,
         )
 
 
+def config_of(shared: Mapping[str, Any]) -> Config:
+    """Return the checked configuration of a kit's shared sections; all else has its default.
+
+    Raises
+    ------
+    ConfigError
+        When the sections are not valid.
+    """
+    return to_config(adopt_kit(OmegaConf.structured(Config), shared, []))
+
+
 def adopt_kit(cfg: DictConfig, shared: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     """Replace the shared sections by the kit's, after refusing overrides that contradict it.
 

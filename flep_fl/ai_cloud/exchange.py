@@ -8,12 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from flep_fl.contracts.errors import PUBLIC_CODES, MalformedUpdateError, RoundTimeoutError, SiteLostError
+from flep_fl.contracts.errors import (
+    PUBLIC_CODES,
+    MalformedUpdateError,
+    ModOrderError,
+    RoundTimeoutError,
+    SiteLostError,
+)
 from flep_fl.contracts.protocol import ERROR, FLEP_RECORD, OK
 
 POLL_SECONDS = 0.1
 NODE_CHECK_SECONDS = 1.0
 _NODE_UNAVAILABLE = 5  # flwr.common.constant.ErrorCode.NODE_UNAVAILABLE
+_MOD_FAILED = 6  # flwr.common.constant.ErrorCode.MOD_FAILED_PRECONDITION
 
 
 def exchange(
@@ -89,6 +96,10 @@ def reply_status(reply: Message) -> str:
 
 def _reason(reply: Message) -> str:
     """Translate a Flower error reply; free text from a site is never passed on."""
+    reason = reply.error.reason or ""
     if reply.error.code == _NODE_UNAVAILABLE:
         return SiteLostError.code
-    return reply.error.reason if reply.error.reason in PUBLIC_CODES else ERROR
+    if reply.error.code == _MOD_FAILED or ModOrderError.__name__ in reason:
+        # A mod of Flower's stands outside of ckks_mod: it looked for plain arrays, or ckks_mod saw it.
+        return ModOrderError.code
+    return reason if reason in PUBLIC_CODES else ERROR

@@ -44,6 +44,7 @@ from flep_fl.contracts.protocol import (
     ERROR,
     FLEP_RECORD,
     HELLO,
+    INITIAL_RECORD,
     METRICS_RECORD,
     OK,
     PAYLOAD_RECORD,
@@ -114,6 +115,14 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstModel:
+    """A first model that the cloud brings: the record as it travels, in the clear, and its digest."""
+
+    arrays: ArrayRecord = field(repr=False)
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class _SealedSum:
     """The last accepted sum, ready for delivery."""
 
@@ -171,6 +180,8 @@ class EncryptedFedAvg(Strategy):
         self._awaited: Set[str] = frozenset()  # sites that are expected back
         self._closed: set[str] = set()
         self._resumed = resume is not None
+        self.first: FirstModel | None = None
+        """The first model where this cloud brings it; the sites make it from their kits otherwise."""
         self._signing_key = signing_key
         self._make_adder = make_adder
         self._message_bytes = message_bytes
@@ -230,7 +241,7 @@ class EncryptedFedAvg(Strategy):
         timeout: float | None = None,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: object = None,
+        evaluate_fn: Any = None,
     ) -> Result:
         """Run the federation: handshake, rounds, closing message.
 
@@ -309,6 +320,10 @@ class EncryptedFedAvg(Strategy):
                 self._lose(exc)
         self.round, self.attempt = number + 1, 0
         self._save()  # nobody may be told of a sum that could be forgotten
+        try:
+            self._after_round(grid)
+        except SuperLinkLostError as exc:
+            self._lose(exc)
         self._on_change(self.rounds)
 
     def _lose(self, error: SuperLinkLostError) -> None:
@@ -316,6 +331,13 @@ class EncryptedFedAvg(Strategy):
         self._say(f"{type(error).__name__}: {error}")
         self._awaited = self._awaited | self.members.sites()
         self.members.forget()
+
+    def _after_round(self, grid: Grid) -> None:
+        """Do what a subclass wants between two rounds; analysts evaluate with the next instruction."""
+
+    def _app_fields(self, kind: Kind, number: int) -> dict[str, Any]:
+        """Return what an instruction says to the wrapped app; our own takes its settings from its kit."""
+        return {}
 
     def _enough_sites(self, grid: Grid) -> bool:
         """Wait until a quorum of sites is here; a round that cannot succeed is not opened."""
@@ -405,13 +427,16 @@ class EncryptedFedAvg(Strategy):
     # --- messages --------------------------------------------------------------------------------
 
     def _hello(self, node: int, challenge: str) -> Message:
-        return self._message(HELLO, self._instruction("hello", 0, challenge), node)
+        message = self._message(HELLO, self._instruction("hello", 0, challenge), node)
+        if self.first is not None:
+            message.content[INITIAL_RECORD] = self.first.arrays
+        return message
 
     def _able(self, grid: Grid, members: dict[int, Member]) -> dict[int, Member]:
         """Return ``members``, after those that missed a sum got the state that the last one follows."""
-        if self._sum is None:
+        if self._sum is None and self.first is None:
             self._start = self._start or _common_start(self.members.present.values())
-        if self._held and (self._sum is None or self.terms.every_sum):
+        if self.terms.every_sum if self._sum is not None else self._start:
             fit = (sum_previous(self._sum.blob) if self._sum else self._start, self._held)
             relay = Relay(
                 ask=self._ask_for_state,
@@ -425,8 +450,10 @@ class EncryptedFedAvg(Strategy):
 
     @property
     def _held(self) -> str:
-        """Digest of what up-to-date sites hold: the last sum, or a first model that they carried over."""
-        return self._sum.digest if self._sum else self._start
+        """Digest of what up-to-date sites hold: the last sum, or a first model, brought or carried over."""
+        if self._sum is not None:
+            return self._sum.digest
+        return self.first.digest if self.first is not None else self._start
 
     def _ask_for_state(self, node: int, challenge: str, donor: str) -> Message:
         instruction = self._instruction("transfer", min(self.round, self.terms.rounds), challenge)
@@ -450,6 +477,8 @@ class EncryptedFedAvg(Strategy):
             layout=self.members.layout.digest if self.members.layout else "",
             shared=self.terms.shared if kind == "hello" else {},
             challenge=challenge,
+            first=self.first.digest if self.first is not None else "",
+            app=self._app_fields(kind, number),
         )
 
     def _message(
@@ -464,7 +493,7 @@ class EncryptedFedAvg(Strategy):
     def _messages(self, kind: Kind, number: int, members: Mapping[int, Member]) -> dict[int, Message]:
         """Make the members' messages; the last sum goes only to those who do not have it."""
         instruction = self._instruction(kind, number)
-        message_type = CLOSE if kind == "close" else MessageType.TRAIN
+        message_type = {"close": CLOSE, "evaluate": MessageType.EVALUATE}.get(kind, MessageType.TRAIN)
         messages = {}
         for node, member in members.items():
             lacks = self._sum is not None and member.has_sum != self._sum.digest
@@ -522,6 +551,7 @@ class EncryptedFedAvg(Strategy):
         """Account for a reply: its size, its times, and what its site says of the model it received."""
         record = self._record
         record.bytes_up += self._message_bytes(reply)
+        self._note_app_metrics("round", reply)
         figures = _metrics(reply)
         if not figures:
             return
@@ -542,6 +572,25 @@ class EncryptedFedAvg(Strategy):
         evaluated.accuracy = _mean(f["accuracy"] for f in known.values())
         evaluated.loss = _mean(f["loss"] for f in known.values())
         evaluated.majority_accuracy = _mean(f["majority_accuracy"] for f in known.values())
+
+    def evaluate_now(self, grid: Grid, members: Mapping[int, Member]) -> None:
+        """Deliver the last sum to ``members``, whose apps evaluate its model with their own functions.
+
+        An evaluation that fails is told, and costs the round nothing.
+        """
+        evaluated = self._evaluated_round()
+        messages = self._messages("evaluate", self._record.round, members)
+        self._account_down(messages)
+        for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
+            status = reason if reply is None else reply_status(reply)
+            if reply is not None:
+                self._note_evaluation(evaluated, members[node], _metrics(reply))
+                self._note_app_metrics("evaluate", reply)
+            if status != OK:
+                self._say(f"site {members[node].site} did not evaluate round {evaluated.round}: {status}")
+
+    def _note_app_metrics(self, kind: Kind, reply: Message) -> None:
+        """Take in what a wrapped app says of itself; our own says nothing."""
 
     def _note_failure(self, site: str, reason: str, details: str = "") -> None:
         self._record.failed.append(SiteFailure(site, reason))

@@ -413,6 +413,21 @@ class HaltedError(FlepError):
     code = "halted"
 
 
+# --- any Flower app ------------------------------------------------------------------------------
+
+
+class ModOrderError(FlepError):
+    """A mod that changes updates stands outside ckks_mod, where it could only change ciphertext."""
+
+    code = "mod_order"
+
+
+class ModelWithheldError(FlepError):
+    """The global model was asked of a cloud that cannot open it."""
+
+    code = "model_withheld"
+
+
 # --- federation, processes -------------------------------------------------------------------------
 
 
@@ -570,6 +585,7 @@ PUBLIC_CODES: frozenset[str] = frozenset(
         MalformedUpdateError,
         TransferError,
         MissedSumError,
+        ModOrderError,
     )
 )
 """Reason codes that a site may tell an untrusted cloud; every other failure travels as ``error``."""

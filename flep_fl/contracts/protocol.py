@@ -15,12 +15,18 @@ from flep_fl.contracts.errors import MalformedUpdateError
 
 FLEP_RECORD = "flep"
 PAYLOAD_RECORD = "payload"
+INITIAL_RECORD = "initial"
+APP_METRICS_RECORD = "app-metrics"
 METRICS_RECORD = "metrics"
 PAYLOAD_STYPE = "flep.sealed.v1"
 
-HELLO = "query.hello"
-CLOSE = "query.close"
-"""Flower message types beside ``train``: the handshake, and the last word of a run."""
+HELLO = "train"
+CLOSE = "train"
+"""Flower message types of the handshake and of the last word of a run.
+
+They travel as ``train``, which every ClientApp routes; the signed instruction says what they are, and the mod
+answers them without calling the app.
+"""
 
 STATEMENTS = "statements"
 """Field of the ``flep`` record with which a state travels: what the other sites say of it."""
@@ -38,7 +44,7 @@ PUBLIC_METRICS = (
 )
 """All that a site tells the cloud in figures: unweighted metrics and times, never example counts."""
 
-Kind = Literal["hello", "round", "close", "transfer"]
+Kind = Literal["hello", "round", "evaluate", "close", "transfer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,9 @@ class Instruction:
     Attributes
     ----------
     kind
-        ``hello`` (who are you, do we agree), ``round`` (train), ``close`` (the run is over),
-        ``transfer`` (say which state you hold, or take one: see ``model_security.transfer``).
+        ``hello`` (who are you, do we agree), ``round`` (train), ``evaluate`` (the sum of this round; call the
+        app's evaluate function), ``close`` (the run is over), ``transfer`` (say which state you hold, or take
+        one: see ``model_security.transfer``).
     federation, run
         Which federation, and which run of it (32 hex digits each); a run's number is used once.
     round, rounds
@@ -57,7 +64,7 @@ class Instruction:
     attempt
         1, or more where a resumed cloud repeats a round.
     previous, sum_round
-        Digest and round of the last sum that the cloud accepted; empty and 0 before the first.
+        Digest and round of the last sum that the cloud accepted; ``first`` and 0 before the first.
     config
         Digest of the shared settings.
     layout
@@ -69,6 +76,11 @@ class Instruction:
         that of the site which lacks the state.
     donor
         In transfer: the site that is to hand the state over.
+    first
+        Digest of the first model where the cloud brings it (it travels with hello); empty where every site
+        makes it from the seed in its kit.
+    app
+        Record names and configuration for the wrapped app (:class:`.app_settings.AppSettings`); may be empty.
     """
 
     kind: Kind
@@ -84,6 +96,8 @@ class Instruction:
     shared: Mapping[str, Any] = field(default_factory=dict)
     challenge: str = ""
     donor: str = ""
+    first: str = ""
+    app: Mapping[str, Any] = field(default_factory=dict)
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -113,13 +127,15 @@ class Instruction:
             instruction.layout,
             instruction.challenge,
             instruction.donor,
+            instruction.first,
         )
         numbers = (instruction.round, instruction.rounds, instruction.attempt, instruction.sum_round)
         if (
             not all(isinstance(value, str) for value in text)
             or any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in numbers)
-            or instruction.kind not in ("hello", "round", "close", "transfer")
+            or instruction.kind not in ("hello", "round", "evaluate", "close", "transfer")
             or not isinstance(instruction.shared, dict)
+            or not isinstance(instruction.app, dict)
         ):
             raise MalformedUpdateError("An instruction of the cloud holds a field of the wrong type")
         return instruction

@@ -32,7 +32,7 @@ from flep_fl.flower.consent import require_consent
 from flep_fl.flower.models import write_model
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.model_security.adder import KeylessAdder, PlainAdder
-from flep_fl.model_security.layout import Arrays, ModelLayout
+from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.mixed import MixedAdder
 from flep_fl.model_security.profiles import vector_length
 from flep_fl.model_security.schemes import load_scheme
@@ -165,12 +165,6 @@ def average_opener(
             return values[: layout.size + 1]
 
     return lambda payload, layout: average(open_sum(payload, layout))
-
-
-def model_opener(kit: CloudKit, config: Config) -> Callable[[bytes, ModelLayout], Arrays] | None:
-    """Return what opens a sum to the model that it is the average of; None for a cloud that holds no key."""
-    opened = average_opener(kit, config)
-    return None if opened is None else lambda payload, layout: layout.unflatten(opened(payload, layout))
 
 
 def _model_writer(

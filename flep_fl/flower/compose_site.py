@@ -140,15 +140,6 @@ def _client_app(
         metrics = MetricRecord({"num-examples": len(data.train.labels)})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
-    # The mod answers these two itself; Flower wants a function for every message type it routes.
-    @app.query("hello")
-    def hello(message: Message, context: Context) -> Message:
-        return Message(RecordDict(), reply_to=message)
-
-    @app.query("close")
-    def close(message: Message, context: Context) -> Message:
-        return Message(RecordDict(), reply_to=message)
-
     return app
 
 

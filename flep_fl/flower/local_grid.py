@@ -41,6 +41,8 @@ class LocalGrid(Grid):
         The ClientApp of each node, by node id (2 or more: 1 is the cloud).
     node_configs
         What each app finds in ``context.node_config``.
+    run_config
+        What every app finds in ``context.run_config``.
     log
         Takes lines about failed apps; None drops them.
     """
@@ -50,6 +52,7 @@ class LocalGrid(Grid):
         apps: Mapping[int, ClientApp],
         node_configs: Mapping[int, Mapping[str, Scalar]] | None = None,
         *,
+        run_config: Mapping[str, Scalar] | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         self._apps = dict(apps)
@@ -60,7 +63,7 @@ class LocalGrid(Grid):
                 node_id=node,
                 node_config=dict(configs.get(node, {})),
                 state=RecordDict(),
-                run_config={},
+                run_config=dict(run_config or {}),
             )
             for node in self._apps
         }

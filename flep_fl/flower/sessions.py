@@ -29,7 +29,7 @@ from flep_fl.provision.kits import SiteKit, forget_previous
 
 _LOG = logging.getLogger(__name__)
 
-SessionFactory = Callable[[Callable[[], Arrays]], AnalystSession]
+SessionFactory = Callable[[Callable[[], Arrays] | None], AnalystSession]
 
 
 def analyst_cipher(model_key: bytes, config: Config) -> ModelCipher:
@@ -63,7 +63,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     Returns
     -------
     Callable
-        ``make(initial)``; ``initial()`` returns the first model.
+        ``make(initial)``; ``initial()`` returns the first model, None: the cloud brings it.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     if federation.generation > 1 and not kit.contribute_only:
         carry = CarryOver(state, _earlier_keys(kit, config), partial(forget_previous, kit))
 
-    def make(initial: Callable[[], Arrays]) -> AnalystSession:
+    def make(initial: Callable[[], Arrays] | None) -> AnalystSession:
         return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state, carry)
 
     return make

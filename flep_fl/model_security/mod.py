@@ -6,24 +6,30 @@ answers with its trained ``arrays`` and a metric ``num-examples``. What leaves t
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from flep_fl.contracts.app_settings import AppSettings
 from flep_fl.contracts.errors import (
     FlepError,
     LayoutError,
     MalformedUpdateError,
     StaleUpdateError,
+    TrainingError,
     public_code,
 )
 from flep_fl.contracts.protocol import (
+    APP_METRICS_RECORD,
     FLEP_RECORD,
+    INITIAL_RECORD,
     METRICS_RECORD,
     OK,
     PAYLOAD_RECORD,
@@ -46,6 +52,8 @@ def ckks_mod(
     *,
     evaluate: ClientAppCallable | None = None,
     on_model: Callable[[Arrays], None] | None = None,
+    on_close: Callable[[Arrays], None] | None = None,
+    metrics: Collection[str] = (),
 ) -> Mod:
     """Make the mod of one site.
 
@@ -57,6 +65,10 @@ def ckks_mod(
         The app's own evaluate function; runs on each received model, before training.
     on_model
         Called with the global model after each accepted sum.
+    on_close
+        Called with the global model when the cloud has ended the run.
+    metrics
+        Names of the app's own metrics that may leave this site, beside its times.
 
     Returns
     -------
@@ -69,7 +81,7 @@ def ckks_mod(
     FlepError
         From the returned mod: by the site's runtime turned into a reply that holds the code alone.
     """
-    return _CkksMod(session, evaluate, on_model)
+    return _CkksMod(session, evaluate, on_model, on_close, frozenset(metrics))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +91,13 @@ class _CkksMod:
     session: AnalystSession
     evaluate: ClientAppCallable | None
     on_model: Callable[[Arrays], None] | None
+    on_close: Callable[[Arrays], None] | None
+    metrics: frozenset[str]
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Answer one message of the cloud."""
         session = self.session
-        instruction = session.open_instruction(_instruction_bytes(message))
+        instruction = session.open_instruction(_instruction_bytes(message), _brought(message))
         figures: Figures = {}
         if instruction.kind == "hello":
             identity = session.identity(instruction)
@@ -93,17 +107,36 @@ class _CkksMod:
             return _reply(message, {"status": OK}, figures=figures)
         if instruction.kind == "transfer":
             return self._transfer(message, instruction)
+        if (instruction.kind == "evaluate") != (message.metadata.message_type == MessageType.EVALUATE):
+            raise MalformedUpdateError("The cloud sent an instruction as a message of another type")
         self._receive(message, context, instruction, figures)
+        blob: bytes | None = None
+        told: Figures = {}
         try:
-            blob = self._train(message, context, call_next, instruction, figures)
+            if session.membership.contribute_only and instruction.kind == "evaluate":
+                pass  # it cannot open the global model, and its own is nobody's business
+            elif instruction.kind == "evaluate":
+                order = _plain_message(message, session.model, instruction)
+                told = self._allowed(_answered(call_next(order, context)))
+            else:
+                blob, told = self._train(message, context, call_next, instruction, figures)
         except Exception as exc:
             # The evaluation of the received model still counts; of the failure, the code alone leaves.
             if isinstance(exc, FlepError):
                 _LOG.warning("%s: %s", type(exc).__name__, exc)
             else:
-                _LOG.exception("training failed")
+                _LOG.exception("the app failed")
             return _reply(message, {"status": public_code(exc)}, figures=figures)
-        return _reply(message, {"status": OK}, blob=blob, figures=figures)
+        return _reply(message, {"status": OK}, blob=blob, figures=figures, told=told)
+
+    def _allowed(self, reply: Message) -> Figures:
+        """Return the metrics of the app's reply that this site lets out."""
+        return {
+            name: float(value)
+            for record in reply.content.metric_records.values()
+            for name, value in record.items()
+            if name in self.metrics and isinstance(value, (int, float)) and math.isfinite(value)
+        }
 
     def _receive(
         self, message: Message, context: Context, instruction: Instruction, figures: Figures
@@ -131,7 +164,7 @@ class _CkksMod:
         if self.on_model is not None and not contributes:
             self.on_model(session.model)
         if self.evaluate is not None and not contributes:
-            order = _plain_message(message, session.model, MessageType.EVALUATE, instruction)
+            order = _plain_message(message, session.model, instruction)
             for record in self.evaluate(order, context).content.metric_records.values():
                 found.update({k: float(v) for k, v in record.items() if isinstance(v, (int, float))})
         session.keep_figures(found)
@@ -162,6 +195,9 @@ class _CkksMod:
             raise
         finally:
             self.session.closed = True
+        contributes = self.session.membership.contribute_only
+        if self.on_close is not None and self.session.accepted_round > 0 and not contributes:
+            self.on_close(self.session.model)
 
     def _train(
         self,
@@ -170,20 +206,20 @@ class _CkksMod:
         call_next: ClientAppCallable,
         instruction: Instruction,
         figures: Figures,
-    ) -> bytes:
-        """Return the round's upload: the one that was made before, or that of a training now."""
+    ) -> tuple[bytes, Figures]:
+        """Return the round's upload - made before, or by a training now - and what the app says of it."""
         blob = self.session.sealed_again(instruction)
         if blob is not None:
-            return blob
+            return blob, {}
         started = time.perf_counter()
-        order = _plain_message(message, self.session.model, MessageType.TRAIN, instruction)
-        trained = call_next(order, context)
+        order = _plain_message(message, self.session.model, instruction)
+        trained = _answered(call_next(order, context))
         figures["seconds_train"] = time.perf_counter() - started
-        arrays, examples = _trained(trained)
+        arrays, examples = _trained(trained, AppSettings.from_fields(instruction.app).weight)
         started = time.perf_counter()
         blob = self.session.seal(arrays, examples, instruction)
         figures["seconds_encrypt"] = time.perf_counter() - started
-        return blob
+        return blob, self._allowed(trained)
 
 
 def _instruction_bytes(message: Message) -> bytes:
@@ -207,30 +243,51 @@ def _payload(message: Message) -> bytes | None:
     return bytes(record["sealed"].data)
 
 
-def _plain_message(message: Message, model: Arrays, message_type: str, instruction: Instruction) -> Message:
+def _brought(message: Message) -> Arrays | None:
+    """Return the first model that a hello carries in the clear, if it does."""
+    record = message.content.get(INITIAL_RECORD)
+    if record is None:
+        return None
+    try:
+        if not isinstance(record, ArrayRecord):
+            raise TypeError("it is not an ArrayRecord")
+        return {name: array.numpy() for name, array in record.items()}
+    except Exception as exc:  # whatever NumPy says of bytes that somebody else chose
+        raise MalformedUpdateError("The first model that the cloud sent cannot be read", found=exc) from exc
+
+
+def _plain_message(message: Message, model: Arrays, instruction: Instruction) -> Message:
     """Build the ordinary Flower message that the wrapped app expects."""
+    settings = AppSettings.from_fields(instruction.app)
+    values = {**settings.values, "server-round": instruction.round}
     content = RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(value) for name, value in model.items()}),
-            "config": ConfigRecord({"server-round": instruction.round}),
+            settings.arrays: ArrayRecord({name: Array(value) for name, value in model.items()}),
+            settings.config: ConfigRecord(values),
         }
     )
-    plain = Message(content, message.metadata.dst_node_id, message_type, group_id=message.metadata.group_id)
-    # The wrapped app replies to this message; Flower wants the run and the id of the one it stands for.
-    for name in ("_run_id", "_message_id", "_src_node_id"):
-        plain.metadata.__dict__[name] = message.metadata.__dict__[name]
+    # The wrapped app replies to this message, so it keeps the metadata of the one that it stands for.
+    plain = copy.copy(message)
+    plain.content = content
     return plain
 
 
-def _trained(reply: Message) -> tuple[dict[str, NDArray[Any]], int]:
+def _answered(reply: Message) -> Message:
+    """Refuse a reply in which the app, or a mod around it, says that it failed."""
+    if reply.has_error():
+        raise TrainingError("The app answered with an error", found=reply.error.reason)
+    return reply
+
+
+def _trained(reply: Message, weight: str) -> tuple[dict[str, NDArray[Any]], int]:
     """Return the trained arrays and the number of examples of an ordinary reply."""
     arrays = list(reply.content.array_records.values())
-    counts = [m["num-examples"] for m in reply.content.metric_records.values() if "num-examples" in m]
+    counts = [m[weight] for m in reply.content.metric_records.values() if weight in m]
     if len(arrays) != 1 or len(counts) != 1 or not isinstance(counts[0], int):
         raise LayoutError(
             "The ClientApp's training reply cannot be averaged",
-            expected="one ArrayRecord and one integer metric num-examples",
-            found=f"{len(arrays)} ArrayRecords and {len(counts)} metrics num-examples",
+            expected=f"one ArrayRecord and one integer metric {weight}",
+            found=f"{len(arrays)} ArrayRecords and {len(counts)} metrics {weight}",
         )
     return {name: array.numpy() for name, array in arrays[0].items()}, counts[0]
 
@@ -241,6 +298,7 @@ def _reply(
     *,
     blob: bytes | None = None,
     figures: Figures | None = None,
+    told: Figures | None = None,
 ) -> Message:
     """Build the reply: status, sealed payload, and allowed figures only."""
     content = RecordDict({FLEP_RECORD: ConfigRecord(fields)})
@@ -254,4 +312,6 @@ def _reply(
             metrics[name] = figures[name]
     if metrics:
         content[METRICS_RECORD] = metrics
+    if told:
+        content[APP_METRICS_RECORD] = MetricRecord(dict(told))
     return Message(content, reply_to=message)

@@ -42,6 +42,11 @@ from flep_fl.model_security import own_weights
 from flep_fl.model_security.authenticator import ProjectionContext, authenticate, verify_sum
 from flep_fl.model_security.carry_over import CarryOver, start_digest
 from flep_fl.model_security.contribution import average, weighted_vector
+from flep_fl.model_security.first_model import (
+    first_model_digest,
+    keep_first_model,
+    kept_first_model,
+)
 from flep_fl.model_security.held_state import HeldState
 from flep_fl.model_security.keyring import CheckKey
 from flep_fl.model_security.layout import ModelLayout
@@ -127,7 +132,7 @@ class AnalystSession:
     check_key
         Key of the verifiable sum; None where ``membership.mode`` is ``open``, which verifies nothing.
     initial
-        Returns the first model, made from the seed in the kit.
+        Returns the first model, made from the seed in the kit; None where the cloud brings it with each run.
     state
         Folder for the ledger, the last upload and the last accepted sum; survives restarts of the site.
     carry
@@ -140,7 +145,7 @@ class AnalystSession:
         signing_key: Ed25519PrivateKey,
         cipher: ModelCipher,
         check_key: CheckKey | None,
-        initial: Callable[[], Arrays],
+        initial: Callable[[], Arrays] | None,
         state: Path,
         carry: CarryOver | None = None,
     ) -> None:
@@ -151,25 +156,27 @@ class AnalystSession:
         self._state = state
         self.refuse_if_halted()
         self.ledger = Ledger(state)
-        self._first = initial()
-        self.layout = ModelLayout.of(self._first)
-        self.model: Arrays = self._first
-        if membership.contribute_only:
-            self.model = own_weights.load(state, self.layout) or self._first
-        self._carry = None if membership.contribute_only else carry
-        carried = self._carry.weights(self.layout) if self._carry is not None else None
-        if carried is not None:
-            self.model = self._first = self.layout.unflatten(carried)
-        self._own_start = self._digest_of_start() if carried is not None else ""
-        self._start = self._own_start  # names the first model; empty where it follows from the kit's seed
-        self._model_of = self._start  # digest of the sum that ``model`` is the average of
+        self._brought = initial is None
+        self._after_rotation = carry
+        # What the cloud brings goes before what this site would carry over.
+        self._carry = None if membership.contribute_only or self._brought else carry
+        self.model: Arrays = {}
+        self._named = ""  # digest of the first model where the cloud brought it
+        self._start = ""  # names the first model; empty where it follows from the kit's seed
+        self._model_of = ""  # digest of the sum that ``model`` is the average of; ``_start`` before the first
+        first = initial() if initial is not None else kept_first_model(state)
+        if first is not None:
+            self._begin_with(first)
+            if membership.contribute_only:
+                self.model = own_weights.load(state, self.layout) or first
         self.figures: Mapping[str, float] = {}
         """What this site has to say of the model of the last sum; empty until :meth:`keep_figures`."""
         self.closed = False
         self.failure: FlepError | None = None
         self._held: HeldState | None = None
-        self._hold_start()
-        self._restore()
+        if first is not None:
+            self._hold_start()
+            self._restore()
 
     @property
     def key_id(self) -> str:
@@ -178,7 +185,7 @@ class AnalystSession:
 
     @property
     def accepted(self) -> str:
-        """Digest of the last accepted sum; before the first that of a carried-over model, or empty."""
+        """Digest of the last accepted sum; before the first the name of the first model, or empty."""
         return self.ledger.entries.accepted or self._start
 
     @property
@@ -261,8 +268,8 @@ class AnalystSession:
             if not self.membership.optimiser.has_memory:
                 self._held = None  # a sum says it all from here on
         self.model, self._model_of = model, digest
-        if self._carry is not None:
-            self._carry.done()
+        if self._after_rotation is not None:
+            self._after_rotation.done()
 
     @property
     def _figures_file(self) -> Path:
@@ -276,8 +283,15 @@ class AnalystSession:
 
     # --- instructions ----------------------------------------------------------------------------
 
-    def open_instruction(self, blob: bytes) -> Instruction:
+    def open_instruction(self, blob: bytes, brought: Arrays | None = None) -> Instruction:
         """Verify and compare an instruction of the cloud.
+
+        Parameters
+        ----------
+        blob
+            The signed instruction.
+        brought
+            The first model that came with it, if any.
 
         Raises
         ------
@@ -308,17 +322,55 @@ class AnalystSession:
             )
             raise self.failure
         if instruction.kind == "hello":
-            self._begin(instruction.run)
+            self._begin(instruction.run, instruction.first, brought)
         else:
             self._compare(instruction)
         return instruction
 
-    def _begin(self, run: str) -> None:
+    def _begin(self, run: str, first: str = "", brought: Arrays | None = None) -> None:
+        """Enter the announced run, if it is a new one, with its first model."""
+        if self._brought and run != self.ledger.entries.run:
+            self._take_first(run, first, brought)
+        self._refuse_other_first(first)
         if self.ledger.enter(run):
+            self.figures, self.closed = {}, False
+            self.model, self._model_of = self._first, self._own_start
             self._start = self._own_start
-            self.model, self._model_of, self.figures, self.closed = self._first, self._start, {}, False
             own_weights.forget(self._state)
             self._hold_start()
+
+    def _take_first(self, run: str, first: str, brought: Arrays | None) -> None:
+        """Keep the first model of a new run, once it is known to be the one that the cloud signed."""
+        if brought is None or first_model_digest(brought) != first:
+            raise ForeignUpdateError("The first model is not the one that the cloud's instruction names")
+        ModelLayout.of(brought).flatten(brought)  # refuses what is not finite
+        if run in self.ledger.entries.past:
+            raise StaleUpdateError("A past run was announced again", found=run)
+        keep_first_model(self._state, brought)
+        self._begin_with(brought)
+
+    def _begin_with(self, first: Arrays) -> None:
+        """Hold the model that the run starts from: brought, carried over, or the one from the kit's seed."""
+        self.layout = ModelLayout.of(first)
+        self._first = first
+        if self._brought:
+            self._named = self._start = first_model_digest(first)
+        else:
+            carried = self._carry.weights(self.layout) if self._carry is not None else None
+            if carried is not None:
+                self._first = self.layout.unflatten(carried)
+            self._start = self._digest_of_start() if carried is not None else ""
+        self._own_start = self._start
+        self.model, self._model_of = self._first, self._start
+
+    def _refuse_other_first(self, first: str) -> None:
+        if first != self._named:
+            raise ForeignUpdateError(
+                "The cloud speaks of another first model than this site holds",
+                expected=self._named or "one that this site makes itself",
+                found=first or "one that this site makes itself",
+                remedy="Run this site with the same app, or the same entry point, as the cloud",
+            )
 
     def _compare(self, instruction: Instruction) -> None:
         """Refuse an order that does not fit the run as this site knows it."""
@@ -329,13 +381,13 @@ class AnalystSession:
                 expected=self.ledger.entries.run,
                 found=instruction.run,
             )
+        self._refuse_other_first(instruction.first)
         if instruction.layout != self.layout.digest:
             raise LayoutError(
                 "The cloud expects another model", expected=self.layout.digest, found=instruction.layout
             )
         if (
-            instruction.rounds != rounds
-            or not 1 <= instruction.round <= rounds
+            not 1 <= instruction.round <= instruction.rounds <= rounds
             or not 1 <= instruction.attempt <= _LARGEST_ATTEMPT
         ):
             raise StaleUpdateError(
@@ -343,7 +395,7 @@ class AnalystSession:
                 expected=f"1 to {rounds}, attempt 1 or more",
                 found=f"{instruction.round} of {instruction.rounds}, attempt {instruction.attempt}",
             )
-        if self.closed and instruction.kind == "round":
+        if self.closed and instruction.kind in ("round", "evaluate"):
             raise StaleUpdateError("A round was opened after the end of the run", found=instruction.round)
 
     def identity(self, instruction: Instruction) -> bytes:
@@ -366,7 +418,7 @@ class AnalystSession:
 
     def is_current(self, instruction: Instruction) -> bool:
         """Whether the model held here is the one that the cloud speaks of."""
-        if self.membership.contribute_only and instruction.sum_round == 0:
+        if self.membership.contribute_only and instruction.sum_round == 0 and not self._brought:
             # It cannot open the first model; whether all mean the same is seen when updates are added.
             self._start = self._model_of = instruction.previous
         return instruction.previous == self._model_of == self.accepted
@@ -381,7 +433,7 @@ class AnalystSession:
             :class:`SumCheckError` the site has stopped for good under these keys.
         """
         number = instruction.sum_round
-        last = instruction.round if instruction.kind == "close" else instruction.round - 1
+        last = instruction.round - 1 if instruction.kind == "round" else instruction.round
         if not max(1, self.accepted_round) <= number <= last:
             raise StaleUpdateError(
                 "A sum belongs to a past round",
@@ -519,7 +571,9 @@ class AnalystSession:
             others=m.min_contributors - 1,
         )
         number, digest = statement.holding.round, statement.holding.accepted
-        if number == 0 and (self.accepted_round > 0 or self.ledger.signed_round > 0 or self._carry is None):
+        if number == 0 and (
+            self.accepted_round > 0 or self.ledger.signed_round > 0 or self._carry is None or self._brought
+        ):
             raise TransferError("A first model is handed over to a site that has started from another")
         if 0 < number == self.accepted_round and digest != self.accepted:
             raise TransferError(

@@ -17,6 +17,7 @@ from flep_fl.contracts.ports import Adder
 from flep_fl.contracts.records import RoundRecord
 from flep_fl.flower.compose_site import Site, prepare_site
 from flep_fl.model_security.ledger import Ledger
+from flep_fl.model_security.seal import open_control
 from flep_fl.provision.kits import load_site_kit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
@@ -111,6 +112,13 @@ def test_a_halted_site_does_not_start_again(tmp_path: Path) -> None:
         )
 
 
+def kind_of(message: Message, federation: Federation) -> str:
+    """Say what the cloud's signed instruction in a message asks for."""
+    blob = message.content.config_records["flep"]["instruction"]
+    assert isinstance(blob, bytes)
+    return str(open_control(blob, federation.cloud_kit.federation.cloud_key())["kind"])
+
+
 def test_a_sum_below_min_contributors_is_refused(tmp_path: Path) -> None:
     federation = make_federation(tmp_path, "federation.rounds=1", "federation.sites=4")
     terms = federation.strategy.terms
@@ -120,7 +128,7 @@ def test_a_sum_below_min_contributors_is_refused(tmp_path: Path) -> None:
 
     def push(messages: Iterable[Message]) -> Iterable[str]:
         batch = list(messages)
-        if batch and batch[0].metadata.message_type == "train":
+        if batch and kind_of(batch[0], federation) == "round":
             for node in dropped:
                 federation.grid.kill(node)
         else:

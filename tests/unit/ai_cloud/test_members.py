@@ -28,7 +28,7 @@ Hello = Callable[[Message], Message]
 def node_that_says(hello: Hello) -> ClientApp:
     app = ClientApp()
 
-    @app.query("hello")
+    @app.train()
     def answer(message: Message, context: Context) -> Message:
         return hello(message)
 
