@@ -222,6 +222,67 @@ def test_a_site_alone_cannot_make_others_take_its_state(tmp_path: Path) -> None:
         session.take_state([statement], sealed)
 
 
+def handed(sessions: Sessions, run: str, number: int, joiner: Any) -> tuple[list[bytes], bytes]:
+    """What sites a and b say and hand over, holding the state of a round of a run."""
+    statements, sealed = [], b""
+    for name in "ab":
+        session = sessions.analysts[name].open()
+        session._begin(run)
+        held = session._held
+        held.prepare(np.ones(50), session._holding(number, f"{number}" * 64))
+        held.commit()
+        told, blob = held.statement(name, joiner.challenge(), session._signing_key, hand_over=name == "a")
+        statements.append(told)
+        sealed = blob or sealed
+    return statements, sealed
+
+
+def test_a_state_of_another_run_or_older_than_ones_own_is_refused(tmp_path: Path) -> None:
+    sessions = make(tmp_path)
+    session = sessions.analysts["c"].open()
+    session._begin("1" * 32)
+    session._held.draw_challenge()
+    with pytest.raises(TransferError, match="another run"):
+        session.take_state(*handed(sessions, "2" * 32, 2, session._held))
+    assert session.accepted_round == 0
+    statements, sealed = handed(sessions, "1" * 32, 2, session._held)
+    newer = handed(sessions, "1" * 32, 3, session._held)
+    session.take_state(*newer)
+    assert (session.accepted_round, session._held.holding.round) == (3, 3)
+    with pytest.raises(TransferError, match="older"):
+        session.take_state(statements, sealed)
+    assert session._held.holding.round == 3
+
+
+def test_a_site_that_starts_from_its_kit_takes_no_other_first_model(tmp_path: Path) -> None:
+    sessions = make(tmp_path)
+    session = sessions.analysts["c"].open()
+    session._begin("1" * 32)
+    session._held.draw_challenge()
+    with pytest.raises(TransferError, match="first model"):
+        session.take_state(*handed(sessions, "1" * 32, 0, session._held))
+
+
+def test_a_crash_after_a_transfer_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = make(tmp_path)
+    session = sessions.analysts["c"].open()
+    session._begin("1" * 32)
+    session._held.draw_challenge()
+    transfer = handed(sessions, "1" * 32, 2, session._held)
+
+    def crash(*_: Any) -> None:
+        raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "adopt", crash)
+        with pytest.raises(CrashError):
+            session.take_state(*transfer)
+    sessions.restart("c")
+    again = sessions.analysts["c"].open()
+    assert (again.accepted_round, again.accepted, again._model_of) == (2, "2" * 64, "2" * 64)
+    assert again._held.state.to_bytes() == sessions.analysts["a"].open()._held.state.to_bytes()
+
+
 class CrashError(Exception):
     """The process ends here."""
 
