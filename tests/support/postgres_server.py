@@ -81,7 +81,9 @@ class PostgresServer:
         return f"postgresql+psycopg://owner@/{name}?host={self.folder}"
 
     def files(self) -> list[Path]:
-        return [path for path in self.data.rglob("*") if path.is_file()]
+        """Return the files of databases that tests made (not the server's templates) and the WAL."""
+        newest = sorted(self.data.glob("base/*"), key=lambda folder: int(folder.name))[-1]
+        return [path for path in (*newest.iterdir(), *self.data.glob("pg_wal/*")) if path.is_file()]
 
     def __enter__(self) -> PostgresServer:
         return self
