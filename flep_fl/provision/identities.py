@@ -168,7 +168,7 @@ class GenerationKeys:
     model_key
         ``ModelKey.to_bytes()``; None for a contribute-only site.
     public_key
-        Public encryption key; None where ``ckks.encryption`` is ``symmetric``.
+        Public encryption key, for a contribute-only site; None for all others.
     check_key
         ``CheckKey.to_bytes()``; empty for a trusted cloud, which does not get it.
     """
