@@ -153,9 +153,9 @@ def find_checkpoint(resume: Path) -> Path:
         When there is none.
     """
     resume = resume.resolve()
-    cloud = resume if resume.name == "cloud" else resume / "cloud"
-    if (cloud / FOLDER / _STATE).is_file():
-        return cloud / FOLDER
+    for cloud in (resume / "cloud", resume):  # a run's own folder may have that name as well
+        if cloud.name == "cloud" and (cloud / FOLDER / _STATE).is_file():
+            return cloud / FOLDER
     raise CheckpointError(
         f"There is no checkpoint of a run in {resume}",
         expected=f"cloud/{FOLDER}/{_STATE} in the output folder of an earlier `python -m server`",

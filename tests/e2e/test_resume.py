@@ -408,6 +408,16 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     assert left == {"state.bin", "lock"}, "the sum of a finished run is of no more use"
 
 
+def test_a_run_in_a_folder_that_is_called_cloud(stopped: Sessions, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(tmp_path / "cloud", tmp_path / "runs" / "cloud" / "cloud")
+    for named in (tmp_path / "runs" / "cloud", tmp_path / "runs" / "cloud" / "cloud"):
+        assert find_checkpoint(named) == tmp_path / "runs" / "cloud" / "cloud" / "checkpoint"
+    shutil.copytree(tmp_path / "cloud", tmp_path / "copy")
+    with pytest.raises(CheckpointError):
+        find_checkpoint(tmp_path / "copy")
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint of a run in"):
         find_checkpoint(tmp_path / "nowhere")

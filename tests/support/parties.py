@@ -38,10 +38,10 @@ class Parties:
     address: str
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the cloud or a site; its output goes to ``<name>.log``."""
+    def start(self, name: str, *arguments: str, program: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Start the cloud or a site (or ``program`` in its place); its output goes to ``<name>.log``."""
         module = "server" if name == "cloud" else "clients"
-        command = [sys.executable, "-m", module, f"kit={self.folder / 'kits' / name}"]
+        command = [sys.executable, *(program or ("-m", module)), f"kit={self.folder / 'kits' / name}"]
         if name != "cloud":
             command.append(f"archive={self.folder / 'archive' / name}")
         command += [f"hydra.run.dir={self.folder / 'runs' / name}", "runtime.threads=1", *arguments]
