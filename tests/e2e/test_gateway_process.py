@@ -76,7 +76,7 @@ def sound(home: OwnerHome) -> None:
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     """One gateway for the tests that leave it as it was."""
     folder = tmp_path_factory.mktemp("gateway")
-    quick = ("ingest.header_seconds=1", "ingest.body_seconds=1", "ingest.connections_per_peer=12")
+    quick = ("ingest.header_seconds=0.5", "ingest.body_seconds=0.5", "ingest.connections_per_peer=12")
     with running_gateway(new_home(folder / "owner"), folder, *quick) as running:
         yield running
 
@@ -312,23 +312,6 @@ def test_sigterm_finishes_what_has_begun_and_exits_0(tmp_path: Path) -> None:
     sound(home)
 
 
-def load(gateway: GatewayProcess, device_: Device, count: int, acknowledged: dict[str, int]) -> None:
-    """Play until every image is acknowledged, whatever happens to the gateway meanwhile."""
-
-    def told(line: str) -> None:
-        acknowledged["events"] = acknowledged.get("events", 0) + 1
-
-    played = play(
-        device_, shots(count), dataset=DATASET, split="train", rate=1e6, on_event=told, sleep=short_sleep
-    )
-    acknowledged["stored"] = acknowledged.get("stored", 0) + played.stored
-    acknowledged["repeated"] = acknowledged.get("repeated", 0) + played.repeated
-
-
-def short_sleep(seconds: float) -> None:
-    time.sleep(min(seconds, 0.05))
-
-
 def kill_under_load(tmp_path: Path, *, times: int, devices: int) -> None:
     """Kill the gateway again and again while devices send; then count."""
     home = new_home(tmp_path / "owner")
@@ -403,44 +386,46 @@ def test_killed_fifty_times_under_load(tmp_path: Path) -> None:
     kill_under_load(tmp_path, times=50, devices=8)
 
 
-def test_a_device_plays_a_list_and_goes_on_after_it_was_killed(tmp_path: Path) -> None:
-    home = new_home(tmp_path / "owner")
-    with running_gateway(home, tmp_path) as gateway:
-        made = device(gateway, tmp_path / "cam")
-
-        class Killed(BaseException):
-            pass
-
-        with gateway.client("ingest") as client:
-            sent = []
-
-            def dies(url: str, body: bytes, headers: dict[str, str]) -> Any:
-                reply = client.post(url, content=body, headers=headers)
-                sent.append(headers["flep-capture"])
-                if len(sent) == 3:
-                    raise Killed  # stored at the gateway, and the device never heard of it
-                return reply
-
-            with pytest.raises(Killed):
-                play(made, shots(6), dataset=DATASET, rate=1e6, post=dies)
-        lines: list[str] = []
-        played = play(Device(made.folder), shots(6), dataset=DATASET, rate=1e6, on_event=lines.append)
-        assert (played.stored, played.repeated) == (3, 1)
-        assert any("goes on with image 3 of 6" in line for line in lines), lines
-        assert gateway.stop()[0] == 0
-    assert sorted(number for _, number in stored(home)) == [1, 2, 3, 4, 5, 6]
+def numbers(home: OwnerHome, name: str) -> list[int]:
+    return sorted(number for device_, number in stored(home) if device_ == name)
 
 
-def test_a_device_that_lost_its_state_goes_on_after_the_gateways_last_number(tmp_path: Path) -> None:
-    home = new_home(tmp_path / "owner")
-    with running_gateway(home, tmp_path) as gateway:
-        made = device(gateway, tmp_path / "cam")
-        play(made, shots(3), dataset=DATASET, rate=1e6)
-        (made.folder / "state.json").unlink()
-        played = play(Device(made.folder), shots(4)[2:], dataset=DATASET, rate=1e6)
-        assert played.stored == 2
-        assert gateway.stop()[0] == 0
-    assert sorted(number for _, number in stored(home)) == [1, 2, 3, 4, 5]
+def test_a_device_plays_a_list_and_goes_on_after_it_was_killed(
+    gateway: GatewayProcess, tmp_path: Path
+) -> None:
+    made = device(gateway, tmp_path / "cam", "player")
+
+    class Killed(BaseException):
+        pass
+
+    with gateway.client("ingest") as client:
+        sent = []
+
+        def dies(url: str, body: bytes, headers: dict[str, str]) -> Any:
+            reply = client.post(url, content=body, headers=headers)
+            sent.append(headers["flep-capture"])
+            if len(sent) == 3:
+                raise Killed  # stored at the gateway, and the device never heard of it
+            return reply
+
+        with pytest.raises(Killed):
+            play(made, shots(6), dataset=DATASET, rate=1e6, post=dies)
+    lines: list[str] = []
+    played = play(Device(made.folder), shots(6), dataset=DATASET, rate=1e6, on_event=lines.append)
+    assert (played.stored, played.repeated) == (3, 1)
+    assert any("goes on with image 3 of 6" in line for line in lines), lines
+    assert numbers(gateway.home, "player") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_device_that_lost_its_state_goes_on_after_the_gateways_last_number(
+    gateway: GatewayProcess, tmp_path: Path
+) -> None:
+    made = device(gateway, tmp_path / "cam", "forgetful")
+    play(made, shots(3), dataset=DATASET, rate=1e6)
+    (made.folder / "state.json").unlink()
+    played = play(Device(made.folder), shots(4)[2:], dataset=DATASET, rate=1e6)
+    assert played.stored == 2
+    assert numbers(gateway.home, "forgetful") == [1, 2, 3, 4, 5]
 
 
 class Reply:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,18 +153,24 @@ def events(home: OwnerHome) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (home.audit / LOG_NAME).read_bytes().splitlines()]
 
 
-def new_home(folder: Path, **options: Any) -> OwnerHome:
-    """Make a home with an empty data set."""
-    values: dict[str, Any] = {
-        "administrators": ["admin"],
-        "threshold": 1,
-        "hosts": ["127.0.0.1", "localhost"],
-    }
-    home = create_home(folder, **(values | options))
+@functools.cache
+def _template(administrators: tuple[str, ...], threshold: int) -> Path:
+    """Make a home once; tests get copies, as certificates and migrations take a tenth of a second."""
+    folder = Path(tempfile.mkdtemp(prefix="flep-home-")) / "owner"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    home = create_home(
+        folder, administrators=administrators, threshold=threshold, hosts=["127.0.0.1", "localhost"]
+    )
+    bundle = ImageKeyBundle.generate(get_preset("aead").parameters, NoiseParameters(std=0))
     with OwnerDatabase.create(home.database, home.database_key()) as database:
-        bundle = ImageKeyBundle.generate(get_preset("aead").parameters, NoiseParameters(std=0))
         database.add_dataset(DATASET, CLASSES, bundle=bundle)
-    return home
+    return folder
+
+
+def new_home(folder: Path, *, administrators: Sequence[str] = ("admin",), threshold: int = 1) -> OwnerHome:
+    """Make a home with an empty data set."""
+    shutil.copytree(_template(tuple(administrators), threshold), folder)
+    return load_home(folder)
 
 
 @contextlib.contextmanager
