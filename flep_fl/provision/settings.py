@@ -60,8 +60,11 @@ def tls_wanted(setting: str, *addresses: str, agreed: bool = False) -> bool:
     return setting == "on" or agreed or bool(open_to_others)
 
 
-def validate_shared(shared: Mapping[str, Any]) -> None:
+def validate_shared(shared: Mapping[str, Any], *, own: Sequence[str] = ()) -> None:
     """Check shared settings as if they had been given on a command line.
+
+    ``own`` are dotted names of the user's own classes that the federation was made with; nothing is imported
+    here, so naming them needs no further permission.
 
     Raises
     ------
@@ -71,15 +74,24 @@ def validate_shared(shared: Mapping[str, Any]) -> None:
     merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(dict(shared)))
     if not isinstance(merged, DictConfig):  # pragma: no cover - merging mappings gives a mapping
         raise ConfigError("The shared settings are not a mapping")
+    merged.allow_targets = list(own)
     to_config(merged)
+
+
+def _own_classes(shared: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names among the settings that may name a class."""
+    sections = [section for section in shared.values() if isinstance(section, Mapping)]
+    values = [section.get(name) for section in sections for name in ("name", "scheme")]
+    return [value for value in values if isinstance(value, str) and "." in value]
 
 
 def settled(shared: Shared, sites: int, revise: Revise) -> Shared:
     """Set the number of sites, apply the caller's changes, and check that all of it fits together."""
     counted = copy.deepcopy(dict(shared))
     counted["federation"]["sites"] = sites
+    own = _own_classes(counted)
     settled = revise(counted)
-    validate_shared(settled)
+    validate_shared(settled, own=own)
     return settled
 
 

@@ -479,3 +479,17 @@ def test_interrupted_kits_are_refused_by_name(kits: Path) -> None:
     (kits / "dealer" / "pending").mkdir()
     with pytest.raises(ProvisionInterruptedError, match="same command again"):
         load_site_kit(kits / "a")
+
+
+def test_a_federation_with_classes_of_its_own_can_be_changed(tmp_path: Path) -> None:
+    own = make_config("ckks.scheme=own_schemes.Masks", "allow_targets=[own_schemes]", "federation.sites=4")
+    create_kits(shared_part(own), SITES, tmp_path / "kits", address=ADDRESS)
+    change = revoke_sites(tmp_path / "kits", ["d"])
+    assert change.federation.shared["ckks"]["scheme"] == "own_schemes.Masks"
+
+    def sneak(shared: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        shared["ckks"]["scheme"] = "others.Scheme"
+        return shared
+
+    with pytest.raises(ConfigError, match=r"ckks\.scheme"):
+        rotate_keys(tmp_path / "kits", revise=sneak)  # type: ignore[arg-type]
