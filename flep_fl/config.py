@@ -327,7 +327,7 @@ def check(config: Config) -> None:
     _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
     _one_of("data.mode", config.data.mode, ("grey", "native"))
     _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)
-    _one_of("model", config.model.name, ("cnn",), targets)
+    _one_of("model", config.model.name, ("cnn", "mobilenet_v3_small", "resnet18"), targets)
     _one_of("federation.optimizer", config.federation.optimizer, list(OPTIMISERS))
     _one_of("train.optimizer", config.train.optimizer, ("sgd", "adam", "adamw"))
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))

@@ -1,12 +1,14 @@
 """The classifiers that analysts train, and their parameters as plain arrays.
 
-No network here has BatchNorm or an integer buffer: every entry of the state is a float parameter, so the
-weighted mean of the sites' vectors is itself a valid model.
+The project's own network has neither BatchNorm nor an integer buffer; torchvision's have both. Their running
+means and variances are averaged as weights are, their counters are not (``model_security.layout``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +18,8 @@ from torch.nn.functional import silu
 
 from flep_fl.contracts.errors import ConfigError, LayoutError
 
-Arrays = dict[str, NDArray[np.float32]]
-"""Parameter name to float32 array, in the order of the model's state."""
+Arrays = dict[str, NDArray[Any]]
+"""Parameter name to array, float32 but for integer buffers, in the order of the model's state."""
 
 ModelFactory = Callable[[int, int], nn.Module]
 """``factory(channels, classes)`` builds a network; its initial weights are overwritten."""
@@ -96,7 +98,34 @@ class GroupNormCnn(nn.Module):
         return logits
 
 
-MODELS: dict[str, ModelFactory] = {"cnn": GroupNormCnn}
+def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
+    """Build one of torchvision's classifiers for any number of channels; nothing is downloaded."""
+    from torchvision import models
+
+    network: nn.Module = getattr(models, name)(weights=None, num_classes=classes)
+    if channels != 3:
+        path = {"resnet18": "conv1", "mobilenet_v3_small": "features.0.0"}[name]
+        parent, _, leaf = path.rpartition(".")
+        old = network.get_submodule(path)
+        if not isinstance(old, nn.Conv2d):  # pragma: no cover - torchvision's first layer is a convolution
+            raise ConfigError(f"torchvision's {name} does not begin with a convolution")
+        new = nn.Conv2d(
+            channels,
+            old.out_channels,
+            old.kernel_size,  # type: ignore[arg-type]
+            stride=old.stride,  # type: ignore[arg-type]
+            padding=old.padding,  # type: ignore[arg-type]
+            bias=old.bias is not None,
+        )
+        setattr(network.get_submodule(parent), leaf, new)
+    return network
+
+
+MODELS: dict[str, ModelFactory] = {
+    "cnn": GroupNormCnn,
+    "mobilenet_v3_small": partial(_torchvision, "mobilenet_v3_small"),
+    "resnet18": partial(_torchvision, "resnet18"),
+}
 """Networks by name; add one by adding an entry."""
 
 
@@ -168,16 +197,20 @@ def get_arrays(model: nn.Module) -> Arrays:
 
     Returns
     -------
-    dict of str to float32 array
-        Every entry of ``state_dict`` in its order; a zero-dimensional entry keeps shape ``()``.
+    dict of str to array
+        Every entry of ``state_dict`` in its order, float32; integer buffers keep their dtype, and a
+        zero-dimensional entry its shape ``()``.
     """
     return {
-        name: value.detach().to("cpu", torch.float32).numpy().copy()
+        name: value.detach()
+        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+        .numpy()
+        .copy()
         for name, value in model.state_dict().items()
     }
 
 
-def set_arrays(model: nn.Module, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+def set_arrays(model: nn.Module, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Replace the model's state.
 
     Parameters
@@ -206,7 +239,7 @@ def set_arrays(model: nn.Module, arrays: Mapping[str, NDArray[np.generic]]) -> N
             raise LayoutError(f"parameter {name} holds a value that is not finite")
     with torch.no_grad():
         for name, value in state.items():
-            value.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))
+            value.copy_(torch.from_numpy(np.array(arrays[name])))
 
 
 def count_parameters(model: nn.Module) -> int:

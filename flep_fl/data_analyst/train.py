@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import Parameter
 
 from flep_fl.contracts.errors import ConfigError, DataError, EmptyDatasetError, TrainingError
@@ -121,13 +122,13 @@ def train_local(
     parameters = [p for p in model.parameters() if p.requires_grad]
     start_point = [p.detach().clone() for p in parameters] if proximal_mu else []
     stepper = OPTIMIZERS[optimizer](parameters, lr)
+    normalises = any(isinstance(module, _BatchNorm) for module in model.modules())
     mean = math.nan
     with _deterministic(seed, device, threads):
         for _ in range(local_epochs):
             order = torch.from_numpy(rng.permutation(len(targets)))
             total = 0.0
-            for start in range(0, len(targets), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in _batches(order, batch_size, normalises):
                 batch = _to_unit(pixels[chosen], device)
                 if augment:
                     batch = _symmetries(batch, rng)
@@ -197,6 +198,17 @@ def _add_proximal_gradient(parameters: list[Parameter], start: list[Tensor], mu:
             parameter.grad = mu * difference
         else:
             parameter.grad.add_(difference, alpha=mu)
+
+
+def _batches(order: Tensor, batch_size: int, normalises: bool) -> list[Tensor]:
+    """Cut an order into batches; a last single image, from which BatchNorm cannot learn, joins the others.
+
+    Where all batches are of one image there is nothing to join, and torch says what it needs.
+    """
+    batches = list(torch.split(order, batch_size))
+    if normalises and len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def _to_unit(pixels: Tensor, device: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -14,7 +15,7 @@ from flep_fl.config import Config
 from flep_fl.data_analyst.fetch import Progress
 from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.train import evaluate, train_local
-from flep_fl.flower.models import write_model
+from flep_fl.flower.models import export_model, write_model
 from flep_fl.flower.sessions import session_factory
 from flep_fl.flower.site_data import SiteData, load_site_data
 from flep_fl.model_security.mod import ckks_mod
@@ -94,12 +95,25 @@ def prepare_site(
 
     session = make_session(initial)
     model_file = out / "model.npz"
-    app = _client_app(session, config, kit.name, data, lambda model: write_model(model_file, model))
+    app = _client_app(
+        session,
+        config,
+        kit.name,
+        data,
+        on_model=partial(write_model, model_file),
+        on_close=partial(export_model, out),
+    )
     return Site(app, session, model_file)
 
 
 def _client_app(
-    session: AnalystSession, config: Config, name: str, data: SiteData, on_model: Callable[[Arrays], None]
+    session: AnalystSession,
+    config: Config,
+    name: str,
+    data: SiteData,
+    *,
+    on_model: Callable[[Arrays], object],
+    on_close: Callable[[Arrays], object],
 ) -> ClientApp:
     """Make an ordinary Flower ClientApp, with encryption as its outermost mod."""
     classes, channels = len(data.description.classes), data.train.images.shape[1]
@@ -115,7 +129,7 @@ def _client_app(
         )
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_model=on_model)])
+    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_model=on_model, on_close=on_close)])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

@@ -28,21 +28,6 @@ def write_model(path: Path, arrays: Arrays) -> None:
     write_secret(path, buffer.getvalue())
 
 
-def read_model(path: Path) -> dict[str, NDArray[Any]]:
-    """Read what :func:`write_model` wrote.
-
-    Raises
-    ------
-    LayoutError
-        When the file is missing or is not a model.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as exc:
-        raise LayoutError(f"{path} is not a model file (.npz)", found=exc) from exc
-
-
 def export_model(folder: Path, arrays: Arrays) -> list[Path]:
     """Write a model for other programs: ``model.safetensors``, and ``model.pt`` with a plain state_dict.
 

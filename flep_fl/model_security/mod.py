@@ -51,8 +51,8 @@ def ckks_mod(
     session: AnalystSession,
     *,
     evaluate: ClientAppCallable | None = None,
-    on_model: Callable[[Arrays], None] | None = None,
-    on_close: Callable[[Arrays], None] | None = None,
+    on_model: Callable[[Arrays], object] | None = None,
+    on_close: Callable[[Arrays], object] | None = None,
     metrics: Collection[str] = (),
 ) -> Mod:
     """Make the mod of one site.
@@ -90,8 +90,8 @@ class _CkksMod:
 
     session: AnalystSession
     evaluate: ClientAppCallable | None
-    on_model: Callable[[Arrays], None] | None
-    on_close: Callable[[Arrays], None] | None
+    on_model: Callable[[Arrays], object] | None
+    on_close: Callable[[Arrays], object] | None
     metrics: frozenset[str]
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:

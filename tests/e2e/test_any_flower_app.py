@@ -11,7 +11,7 @@ import pytest
 from flower_apps import App, Weights, arrays, first_model, make_grid, make_kits, run
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp.mod import LocalDpMod, message_size_mod
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from flep_fl import EncryptedFedAvg, ckks_mod
 from flep_fl.config import config_of
@@ -166,6 +166,16 @@ def test_a_trusted_cloud_may_evaluate_itself(tmp_path: Path) -> None:
     assert [number for number, _ in seen] == [0, 1, 2]
     assert seen[0][1] == 0.5 and seen[1][1] != 0.5
     assert set(result.evaluate_metrics_serverapp) == {0, 1, 2}
+
+
+def test_analysts_and_a_trusted_cloud_take_the_same_optimisers_steps(tmp_path: Path) -> None:
+    kits = make_kits(tmp_path, "cloud=trusted", "federation.rounds=2", "federation.optimizer=fedadam")
+    result = run(make_grid(App().make([ckks_mod(kits)])), EncryptedFedAvg(kits / "cloud"))
+    for name in "abc":
+        assert_close(site_model(kits, name), arrays(result.arrays), 0.0)
+    stock = run(make_grid(App().make()), FedAdam(eta=0.1, beta_1=0.9, beta_2=0.99, tau=1e-3), num_rounds=2)
+    single = {name: value.astype(np.float32) for name, value in arrays(stock.arrays).items()}
+    assert_close(arrays(result.arrays), single, 1e-5)  # Flower's own turns float64
 
 
 def test_what_does_not_fit_the_kit_is_refused_by_name(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

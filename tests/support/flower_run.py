@@ -92,8 +92,8 @@ class Deployment:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def run(self, app: Path, *arguments: str, timeout: float = 420) -> str:
-        """``flwr run APP``; wait for the run's end and return its status."""
+    def run(self, app: Path, *arguments: str, timeout: float = 420) -> tuple[str, str]:
+        """``flwr run APP``; wait for the run's end; return its status and what the ServerApp printed."""
         answer = json.loads(self.flwr("run", str(app), *arguments, "--format", "json"))
         number = str(answer["run-id"])
         deadline = time.monotonic() + timeout
@@ -101,7 +101,7 @@ class Deployment:
             listed = json.loads(self.flwr("list", "--run-id", number, "--format", "json"))
             status = str(listed["runs"][0]["status"])
             if status.startswith("finished"):
-                return status
+                return status, self.flwr("log", number, "--show")
             time.sleep(2)
         raise AssertionError("the run did not end:\n" + self.logs())
 
