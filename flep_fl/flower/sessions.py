@@ -20,7 +20,7 @@ from flep_fl.contracts.ports import ModelCipher
 from flep_fl.flower.consent import sends_plain_weights
 from flep_fl.model_security.carry_over import CarryOver, EarlierKeys
 from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
-from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey
+from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey, state_key
 from flep_fl.model_security.mixed import TrustingModelCipher
 from flep_fl.model_security.plain import PlainModelCipher
 from flep_fl.model_security.schemes import SECRET_BYTES, load_scheme
@@ -91,6 +91,9 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
     if sends_plain_weights(kit, config):
         cipher = TrustingModelCipher(cipher, profile)
     check_key = CheckKey.from_bytes(kit.check_key) if encrypted else None
+    seals_states = None
+    if check_key is not None and kit.model_key is not None:
+        seals_states = state_key(ModelKey.from_bytes(kit.model_key), check_key)
     membership = Membership(
         site=kit.name,
         federation=federation.federation,
@@ -114,7 +117,9 @@ def session_factory(kit: SiteKit, config: Config, state: Path) -> SessionFactory
         carry = CarryOver(state, _earlier_keys(kit, config), partial(forget_previous, kit))
 
     def make(initial: Callable[[], Arrays] | None) -> AnalystSession:
-        return AnalystSession(membership, kit.signing_key, cipher, check_key, initial, state, carry)
+        return AnalystSession(
+            membership, kit.signing_key, cipher, check_key, initial, state, carry, seals_states
+        )
 
     return make
 
@@ -124,11 +129,13 @@ def _earlier_keys(kit: SiteKit, config: Config) -> list[EarlierKeys]:
     found = []
     for keys in kit.previous:
         try:
+            sealed_states = CheckKey.from_bytes(keys.check_key)
             if config.cloud.trust == "open":
                 cipher: ModelCipher = PlainModelCipher("open")
             else:
                 cipher = analyst_cipher(keys.model_key or b"", config)
-            found.append(EarlierKeys(cipher, CheckKey.from_bytes(keys.check_key)))
+                sealed_states = state_key(ModelKey.from_bytes(keys.model_key or b""), sealed_states)
+            found.append(EarlierKeys(cipher, sealed_states))
         except ModelKeyError as exc:
             _LOG.warning("keys of generation %d are not used: %s", keys.generation, exc)
     return found

@@ -34,7 +34,7 @@ class EarlierKeys:
     """The keys of an earlier generation, as far as this site still has them."""
 
     cipher: ModelCipher = field(repr=False)
-    check_key: CheckKey = field(repr=False)
+    state_key: CheckKey = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def _from_state(folder: Path, keys: EarlierKeys, layout: ModelLayout) -> Float64
     if not path.exists():
         return None
     blob = read_bytes(path, what="The optimiser's state", error=KitError)
-    holding, data = open_state(keys.check_key, "kept", blob)
+    holding, data = open_state(keys.state_key, "kept", blob)
     if holding.round == 0 or (holding.key_id, holding.layout) != (keys.cipher.key_id, layout.digest):
         return None
     return OptimiserState.from_bytes(data).weights

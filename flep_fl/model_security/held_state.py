@@ -1,6 +1,6 @@
 """An optimiser's state at one site: in memory, on disk, and on its way to another analyst.
 
-On disk it is sealed under a key that is derived from the check key, and says which sum it follows, so that a
+On disk it is sealed under a key that only analysts can derive, and says which sum it follows, so that a
 file of another run, key or model is never taken for this one's.
 """
 
@@ -42,8 +42,9 @@ class HeldState:
     ----------
     settings
         The optimiser.
-    check_key
-        The analysts' check key; None in an open federation, which has no secrets: a public key serves there.
+    state_key
+        Seals and commits to states. None in an open federation, which has no secrets: a public key serves
+        there.
     folder
         The site's state folder.
     holding, weights
@@ -53,13 +54,13 @@ class HeldState:
     def __init__(
         self,
         settings: OptimiserSettings,
-        check_key: CheckKey | None,
+        state_key: CheckKey | None,
         folder: Path,
         holding: Holding,
         weights: Float64Vector,
     ) -> None:
         self._settings = settings
-        self._key = check_key or CheckKey(bytes(CheckKey.SIZE))
+        self._key = state_key or CheckKey(bytes(CheckKey.SIZE))
         self._folder = folder
         self.holding = holding
         self.state = optimiser.start(settings, weights)

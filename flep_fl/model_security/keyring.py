@@ -242,6 +242,17 @@ class CheckKey:
         raise TypeError("a CheckKey is not pickled; use to_bytes() and write_secret()")
 
 
+def state_key(model_key: ModelKey, check_key: CheckKey) -> CheckKey:
+    """Derive the key of states that analysts hand over (``transfer``) or keep.
+
+    A state holds the global model. The check key alone must not open it, because contribute-only sites hold
+    that one; the model key alone neither, because a trusted cloud holds that.
+    """
+    info = b"flep-fl/state-key/v1"
+    secret = model_key.derive(info, CheckKey.SIZE) + check_key.derive(info, CheckKey.SIZE)
+    return CheckKey(HKDF(algorithm=SHA256(), length=CheckKey.SIZE, salt=None, info=info).derive(secret))
+
+
 def _key_id(secret_key: bytes) -> str:
     info = b"flep-fl/model-key-id/v1"
     derived = HKDF(algorithm=SHA256(), length=_KEY_ID_BYTES, salt=None, info=info).derive(secret_key)

@@ -137,6 +137,9 @@ class AnalystSession:
         Folder for the ledger, the last upload and the last accepted sum; survives restarts of the site.
     carry
         After a rotation of the keys: the model that the first run under the new ones starts from.
+    state_key
+        Seals states (:func:`~flep_fl.model_security.keyring.state_key`); ``check_key`` where None,
+        which serves only where every holder of it may read the model.
     """
 
     def __init__(
@@ -148,11 +151,13 @@ class AnalystSession:
         initial: Callable[[], Arrays] | None,
         state: Path,
         carry: CarryOver | None = None,
+        state_key: CheckKey | None = None,
     ) -> None:
         self.membership = membership
         self._signing_key = signing_key
         self._cipher = cipher
         self._check_key = check_key
+        self._state_key = state_key or check_key
         self._state = state
         self.refuse_if_halted()
         self.ledger = Ledger(state)
@@ -254,7 +259,7 @@ class AnalystSession:
         m = self.membership
         if self._carry is not None or (m.optimiser.has_memory and not m.contribute_only):
             start, weights = self._holding(0, self._start), self.layout.flatten(self._first)
-            self._held = HeldState(m.optimiser, self._check_key, self._state, start, weights)
+            self._held = HeldState(m.optimiser, self._state_key, self._state, start, weights)
 
     def _holding(self, number: int, digest: str) -> Holding:
         m = self.membership

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from federations import Federation, make_config, make_federation
 
-from flep_fl.config import shared_part
-from flep_fl.contracts.errors import ConfigError, ContributeOnlyError
+from flep_fl.config import config_of, shared_part
+from flep_fl.contracts.errors import ConfigError, ContributeOnlyError, TransferError
+from flep_fl.contracts.protocol import Instruction
 from flep_fl.flower.compose_site import prepare_site
+from flep_fl.flower.sessions import session_factory
+from flep_fl.model_security.held_state import STATE_FILE
+from flep_fl.model_security.keyring import CheckKey, ModelKey, state_key
 from flep_fl.model_security.ledger import Ledger
+from flep_fl.model_security.transfer import open_state
 from flep_fl.provision.kits import create_kits, load_site_kit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
@@ -72,6 +77,30 @@ def test_its_kit_opens_nothing(run: Federation) -> None:
         session._cipher.decrypt(signed.payload, session.layout.size + 9)
     analyst = run.sites["a"].session
     assert np.isfinite(analyst._cipher.decrypt(signed.payload, session.layout.size + 9)).all()
+
+
+def test_its_kit_opens_no_state_that_analysts_hand_over(tmp_path: Path) -> None:
+    """The state holds the global model; with the key of the sum check alone the cloud could read it."""
+    config = make_config(*PUBLIC, "federation.optimizer=fedadam")
+    create_kits(shared_part(config), ["a", "b", "c"], tmp_path, address="127.0.0.1:9092")
+    kit, contributor = load_site_kit(tmp_path / "a"), load_site_kit(tmp_path / "c")
+    make = session_factory(kit, config_of(kit.federation.shared), tmp_path / "state")
+    session = make(lambda: {"w": np.ones(4, dtype=np.float32)})
+    ask = Instruction("transfer", "", "", 1, 2, 1, "", 0, "", challenge="00", donor="a")
+    _, sealed = session.state_statement(ask)
+    session._held._keep(session._held.holding, session._held.state)
+    session.ledger.close()
+    assert sealed is not None and kit.model_key is not None
+    key = CheckKey.from_bytes(contributor.check_key)
+    with pytest.raises(TransferError):
+        open_state(key, "transfer", sealed)
+    with pytest.raises(TransferError):
+        open_state(key, "kept", (tmp_path / "state" / STATE_FILE).read_bytes())
+    alone = ModelKey.from_bytes(kit.model_key).derive(b"flep-fl/state-key/v1", CheckKey.SIZE)
+    with pytest.raises(TransferError):
+        open_state(CheckKey.from_bytes(alone), "transfer", sealed)
+    right = state_key(ModelKey.from_bytes(kit.model_key), key)
+    assert open_state(right, "transfer", sealed)[0] == session._held.holding
 
 
 def test_a_name_that_is_no_site_is_refused(tmp_path: Path) -> None:
