@@ -1,0 +1,415 @@
+"""Rates of the data owner's gateway: ``python -m benchmarks.owner``.
+
+A real gateway (``scripts.owner action=serve``, TLS, SQLite) takes signed captures from many devices at once,
+and gives the released records back to several analysts at once. The limit that they are held against is
+measured in the same run, alone, on one core: for ingest SHA-256, Ed25519 verification, AES-256-GCM-SIV and an
+SQLite commit of the sealed bytes; for release Ed25519, SQLite read, opening of the seal, and a commit (the
+access log) for each page. Devices and analysts run on the same machine, so what they take is missing at the
+gateway; captures are signed beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import json
+import multiprocessing
+import os
+import secrets
+import socket
+import sqlite3
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+
+from flep_fl.contracts.owner_api import unpack_records
+from flep_fl.contracts.owner_records import Analyst
+from flep_fl.contracts.request_signing import sign_request
+from flep_fl.data_owner.certificates import client_context
+from flep_fl.data_owner.devices import (
+    CAPTURE_HEADER,
+    SIGNATURE_HEADER,
+    Description,
+    digest_of,
+    encode_header,
+    sign_capture,
+)
+from flep_fl.data_owner.enrolment import DeviceRegistry, approve
+from flep_fl.data_owner.home import OwnerHome, create_home
+from flep_fl.data_security.keys import ImageKeyBundle
+from flep_fl.data_security.parameters import NoiseParameters
+from flep_fl.data_security.presets import get_preset
+from flep_fl.private_database.grants import create_grant
+from flep_fl.private_database.releases import ReleaseBook
+from flep_fl.private_database.store import OwnerDatabase
+from flep_fl.reporting.cipher_tables import markdown
+
+DATASET = "plates"
+GROUP = 32
+"""Records in one commit of the limit: as many as there are devices, each with one capture under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Records per second in repeated measurements."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.values)
+
+
+def median_rate(function: Callable[[], int], repeats: int, name: str) -> Rate:
+    """Call ``function`` (it returns how many records it did) several times."""
+    values = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        count = function()
+        values.append(count / (time.perf_counter() - began))
+    return Rate(name, tuple(values))
+
+
+def parts_of_ingest(folder: Path, image: bytes, count: int) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Yield the parts of ingest, each alone, and all of them one after the other."""
+    key = Ed25519PrivateKey.generate()
+    public, message = key.public_key(), secrets.token_bytes(320)
+    signature, aead = key.sign(message), AESGCMSIV(secrets.token_bytes(32))
+    database = open_plain_database(folder / "limit.sqlite")
+
+    def sha() -> None:
+        hashlib.sha256(image).digest()
+
+    def verify() -> None:
+        public.verify(signature, message)
+
+    def seal() -> bytes:
+        return aead.encrypt(secrets.token_bytes(12), image, b"place")
+
+    def commit(rows: list[tuple[str, bytes]]) -> None:
+        with database:
+            database.executemany("INSERT INTO records (id, sealed) VALUES (?, ?)", rows)
+
+    def each(step: Callable[[], Any]) -> Callable[[], int]:
+        def run() -> int:
+            for _ in range(count):
+                step()
+            return count
+
+        return run
+
+    def commits() -> int:
+        for _ in range(count // GROUP):
+            commit([(secrets.token_hex(16), image) for _ in range(GROUP)])
+        return count // GROUP * GROUP
+
+    def everything() -> int:
+        for _ in range(count // GROUP):
+            rows = []
+            for _ in range(GROUP):
+                sha()
+                verify()
+                rows.append((secrets.token_hex(16), seal()))
+            commit(rows)
+        return count // GROUP * GROUP
+
+    yield "SHA-256", each(sha)
+    yield "Ed25519 verification", each(verify)
+    yield "AES-256-GCM-SIV", each(seal)
+    yield f"SQLite, {GROUP} in a commit", commits
+    yield "all of these: the limit of ingest", everything
+    database.close()
+
+
+def parts_of_release(folder: Path, record: bytes, count: int) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Yield the parts of a release of stored records, a page of ``GROUP`` at a time."""
+    key = Ed25519PrivateKey.generate()
+    public, message = key.public_key(), secrets.token_bytes(320)
+    signature, aead = key.sign(message), AESGCMSIV(secrets.token_bytes(32))
+    sealed = b"\0" * 12 + aead.encrypt(b"\0" * 12, record, b"place")
+    database = open_plain_database(folder / "limit-release.sqlite")
+    with database:
+        rows = [(f"{number:032x}", sealed) for number in range(count)]
+        database.executemany("INSERT INTO records (id, sealed) VALUES (?, ?)", rows)
+
+    def everything() -> int:
+        done, last = 0, ""
+        while True:
+            public.verify(signature, message)
+            query = "SELECT id, sealed FROM records WHERE id > ? ORDER BY id LIMIT ?"
+            found = database.execute(query, (last, GROUP)).fetchall()
+            if not found:
+                return done
+            b"".join(aead.decrypt(blob[:12], blob[12:], b"place") for _, blob in found)
+            with database:
+                database.execute("INSERT INTO log (entry) VALUES (?)", (message,))
+            done, last = done + len(found), found[-1][0]
+
+    yield "Ed25519, read, opening, commit: the limit of release", everything
+    database.close()
+
+
+def open_plain_database(path: Path) -> sqlite3.Connection:
+    """Open SQLite as the private database does: WAL, synchronous FULL."""
+    database = sqlite3.connect(path)
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=8192"):
+        database.execute(f"PRAGMA {pragma}")
+    database.execute("CREATE TABLE records (seq INTEGER PRIMARY KEY, id TEXT UNIQUE, sealed BLOB)")
+    database.execute("CREATE TABLE log (entry BLOB)")
+    return database
+
+
+@contextmanager
+def gateway(home: OwnerHome, folder: Path) -> Iterator[dict[str, int]]:
+    """Run a gateway on free ports of loopback; gives the ports."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = dict(zip(("ingest", "release", "admin"), (s.getsockname()[1] for s in sockets), strict=True))
+    for one in sockets:
+        one.close()
+    roles = {"ingest": "device", "release": "analyst", "admin": "operator"}
+    rules = [{"direction": "in", "role": roles[name], "cidr": "127.0.0.0/8", "port": name} for name in ports]
+    (folder / "network.yaml").write_text(json.dumps({"ports": ports, "groups": {"gateway": rules}}))
+    options = [f"home={home.folder}", f"network={folder / 'network.yaml'}"]
+    for name, port in ports.items():
+        options += [f"{name}.address=127.0.0.1:{port}"]
+        options += [f"{name}.{limit}=1000000" for limit in ("rate", "burst", "peer_rate", "peer_burst")]
+    process = subprocess.Popen(  # noqa: S603 - this interpreter, our own arguments
+        [sys.executable, "-m", "scripts.owner", "action=serve", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    lines = process.stdout or ()
+    try:
+        if not any(line.startswith("ready") for line in lines):
+            raise RuntimeError("the gateway did not start")
+        yield ports
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Device:
+    """A device on one kept connection, with all its requests made beforehand."""
+
+    def __init__(self, name: str, image: bytes, side: int, count: int) -> None:
+        self.name, self.key = name, Ed25519PrivateKey.generate()
+        self.requests = []
+        for number in range(1, count + 1):
+            description = Description(
+                name,
+                number,
+                time.time_ns() // 1000,
+                digest_of(image),
+                "raw-uint8",
+                (side, side),
+                DATASET,
+                "a",
+                "train",
+            ).to_bytes()
+            head = (
+                f"POST /v1/captures HTTP/1.1\r\nHost: g\r\nContent-Length: {len(image)}\r\n"
+                f"{CAPTURE_HEADER}: {encode_header(description)}\r\n"
+                f"{SIGNATURE_HEADER}: {encode_header(sign_capture(self.key, description))}\r\n\r\n"
+            )
+            self.requests.append(head.encode())
+
+    def connect(self, context: ssl.SSLContext, port: int) -> None:
+        """Open the connection."""
+        plain = socket.create_connection(("127.0.0.1", port))
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+    def send_all(self, image: bytes) -> None:
+        """Send every capture, one after the answer to the other."""
+        for request in self.requests:
+            self.socket.sendall(request + image)
+            answer = b""
+            while not answer.endswith(b"}"):  # head and body may come apart; the body is one JSON object
+                chunk = self.socket.recv(4096)
+                if not chunk:
+                    raise RuntimeError("the gateway ended the connection")
+                answer += chunk
+            if not answer.startswith(b"HTTP/1.1 201"):
+                raise RuntimeError(answer.decode(errors="replace"))
+
+
+def at_once(works: Sequence[Callable[[], int]]) -> tuple[int, float]:
+    """Run functions in threads at once; gives the sum of what they return, and the seconds."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        barrier = threading.Barrier(len(works) + 1)
+
+        def run(work: Callable[[], int]) -> int:
+            barrier.wait()
+            return work()
+
+        running = [pool.submit(run, work) for work in works]
+        barrier.wait()
+        began = time.perf_counter()
+        count = sum(one.result() for one in running)
+        return count, time.perf_counter() - began
+
+
+def in_a_process(works: Sequence[Callable[[], int]]) -> float:
+    """Run functions at once in a process of their own; gives the sum of what they return, per second."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def body() -> None:
+        try:
+            results.put(at_once(works))
+        except BaseException as error:  # told to the parent, which raises it
+            results.put(repr(error))
+
+    client = context.Process(target=body)
+    client.start()
+    found = results.get()
+    client.join()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return float(found[0] / found[1])
+
+
+def measure_ingest(home: OwnerHome, ports: dict[str, int], devices: list[Device], image: bytes) -> float:
+    """Return captures per second, all devices at once."""
+    context = client_context(home.root.certificate)
+
+    def work(device: Device) -> Callable[[], int]:
+        def send() -> int:
+            device.send_all(image)
+            return len(device.requests)
+
+        return send
+
+    for device in devices:
+        device.connect(context, ports["ingest"])
+    return in_a_process([work(device) for device in devices])
+
+
+def fetch_all(home: OwnerHome, port: int, key: Ed25519PrivateKey, grant: str) -> int:
+    """Fetch every record of a grant, page after page; gives the number of records."""
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=client_context(home.root.certificate))
+
+    def ask(method: str, target: str) -> tuple[bytes, str]:
+        headers = sign_request(
+            method,
+            target,
+            b"",
+            audience=home.owner_key,
+            key=key.public_key().public_bytes_raw(),
+            sign=key.sign,
+            created=int(time.time()),
+        )
+        connection.request(method, target, headers=headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(body.decode())
+        return body, answer.headers.get("flep-cursor", "")
+
+    release = json.loads(ask("POST", f"/v1/grants/{grant}/open")[0])["release_id"]
+    cursor, count = "0", 0
+    while cursor:
+        body, cursor = ask("GET", f"/v1/grants/{grant}/releases/{release}/records?cursor={cursor}")
+        count += sum(1 for _ in unpack_records(body))
+    return count
+
+
+def prepare(folder: Path, devices: Sequence[Device]) -> OwnerHome:
+    """Make a home with a data set, and enrol the devices."""
+    home = create_home(folder / "owner", administrators=["admin"], threshold=1, hosts=["127.0.0.1"])
+    bundle = ImageKeyBundle.generate(get_preset("flep").parameters, NoiseParameters(std=25.0))
+    with OwnerDatabase.create(home.database, home.database_key()) as database:
+        database.add_dataset(DATASET, ("a", "b"), bundle=bundle)
+    registry = DeviceRegistry(home.devices, home.administrators)
+    for device in devices:
+        statement = approve(
+            home.administrator_key("admin"),
+            administrator="admin",
+            action="enrol",
+            device=device.name,
+            key=device.key.public_key().public_bytes_raw().hex(),
+            datasets=[DATASET],
+            lifetime=86400,
+        )
+        registry.apply(statement)
+    return home
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--devices", type=int, default=32, help="devices at once (default 32)")
+    parser.add_argument("--captures", type=int, default=60, help="captures of each device (default 60)")
+    parser.add_argument("--analysts", type=int, default=4, help="analysts at once (default 4)")
+    parser.add_argument("--side", type=int, default=300, help="pixels a side (default 300)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure (default 3)")
+    options = parser.parse_args(arguments)
+    image = np.random.default_rng(0).integers(0, 256, (options.side,) * 2, dtype=np.uint8).tobytes()
+    count = options.devices * options.captures
+    rates: dict[str, Rate] = {}
+    with tempfile.TemporaryDirectory(prefix="flep-bench-") as name:
+        folder = Path(name)
+        parts = parts_of_ingest(folder, image, count)
+        for part, function in parts:
+            rates[part] = median_rate(function, options.repeats, part)
+        values: list[float] = []
+        for repeat in range(options.repeats):
+            devices = [
+                Device(f"cam-{n}", image, options.side, options.captures) for n in range(options.devices)
+            ]
+            place = folder / str(repeat)
+            place.mkdir()
+            home = prepare(place, devices)
+            with gateway(home, place) as ports:
+                values.append(measure_ingest(home, ports, devices, image))
+        rates["ingest"] = Rate(f"gateway, ingest, {options.devices} devices", tuple(values))
+        key = Ed25519PrivateKey.generate()
+        with OwnerDatabase(home.database, home.database_key()) as database:
+            ReleaseBook(database, home.signing_key()).release(DATASET)
+            analyst = Analyst(
+                "site-a",
+                key.public_key().public_bytes_raw(),
+                X25519PrivateKey.generate().public_key().public_bytes_raw(),
+            )
+            grant = create_grant(database, dataset=DATASET, analyst=analyst, not_after=time.time() + 86400)
+        record = secrets.token_bytes(options.side**2 * 13 // 16)  # 6.5 bits a pixel: cipher=flep
+        for part, function in parts_of_release(folder, record, count):
+            rates[part] = median_rate(function, options.repeats, part)
+        with gateway(home, place) as ports:
+            works = [lambda: fetch_all(home, ports["release"], key, grant.grant_id)] * options.analysts
+            found = tuple(in_a_process(works) for _ in range(options.repeats))
+            rates["release"] = Rate(f"gateway, release, {options.analysts} analysts", found)
+    rows = [
+        [rate.name, f"{rate.median:,.0f}", f"{min(rate.values):,.0f} - {max(rate.values):,.0f}"]
+        for rate in rates.values()
+    ]
+    print(markdown(("what", "records/s", "range"), rows))
+    for what, limit in (
+        ("ingest", "all of these: the limit of ingest"),
+        ("release", "Ed25519, read, opening, commit: the limit of release"),
+    ):
+        print(f"\n{what}: {rates[what].median / rates[limit].median:.0%} of the limit of its parts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
