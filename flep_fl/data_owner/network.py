@@ -25,7 +25,7 @@ from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_netw
 from pathlib import Path
 from typing import Any
 
-from flep_fl.contracts.errors import NetworkRuleError
+from flep_fl.contracts.errors import ConfigError, NetworkRuleError
 
 Network = IPv4Network | IPv6Network
 
@@ -196,6 +196,20 @@ def parse_rules(content: object) -> NetworkRules:
             for number, rule in enumerate(rules or [], start=1)
         )
     return NetworkRules(ports, parsed)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Split ``HOST:PORT`` (IPv6 in brackets).
+
+    Raises
+    ------
+    ConfigError
+        It is not such an address.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{text} is no address", expected="HOST:PORT", remedy="Such as 127.0.0.1:8441")
+    return host.strip("[]"), int(port)
 
 
 def compile_nftables(rules: NetworkRules, group: str) -> str:

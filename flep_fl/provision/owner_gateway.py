@@ -17,7 +17,7 @@ from flep_fl.data_owner.audit import AuditLog
 from flep_fl.data_owner.certificates import TlsFiles, server_context
 from flep_fl.data_owner.enrolment import DeviceRegistry
 from flep_fl.data_owner.home import OwnerHome, load_home
-from flep_fl.data_owner.network import NetworkRules, PeerFilter, load_rules
+from flep_fl.data_owner.network import NetworkRules, PeerFilter, load_rules, parse_address
 from flep_fl.provision.owner_config import ListenerConfig, OwnerConfig, need
 from flep_fl.reporting.console import say
 
@@ -62,14 +62,15 @@ def run_serve(config: OwnerConfig) -> None:
     FlepError
         A setting, a key, an address or the database does not fit; nothing is served then.
     """
-    from flep_fl.data_owner.gateway.server import bind, parse_address, serve
-
     home = load_home(Path(config.home))
     rules = network_rules(config)
     peers = {
         name: PeerFilter(rules, name, parse_address(getattr(config, name).address)[1]) for name in LISTENERS
     }
     check_exposure(config)
+    # Only now what is heavy: a wrong setting is answered before it loads.
+    from flep_fl.data_owner.gateway.server import bind, serve
+
     with ExitStack() as stack:
         if not stack.enter_context(home.exclusive("serves")):
             raise OwnerHomeError(
@@ -199,8 +200,6 @@ def check_exposure(config: OwnerConfig) -> None:
     ConfigError
         Naming the listener.
     """
-    from flep_fl.data_owner.gateway.server import parse_address
-
     for name in LISTENERS:
         host, _ = parse_address(getattr(config, name).address)
         if is_loopback(host):

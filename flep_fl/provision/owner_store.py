@@ -28,6 +28,17 @@ def open_database(config: OwnerConfig, home: OwnerHome) -> OwnerDatabase:
     return open_with_key_file(config.database or home.database, home.folder / "database.key")
 
 
+def _note(config: OwnerConfig, home: OwnerHome, event: str, **fields: object) -> None:
+    """Put down in the audit log what an administrator did; also while the gateway writes to it."""
+    from flep_fl.provision.owner_gateway import audit_log
+
+    log = audit_log(config, home, background=True)
+    try:
+        log.append(event, durable=True, **fields)
+    finally:
+        log.close()
+
+
 def run_release(config: OwnerConfig) -> None:
     """Encrypt what is new in a data set (``dataset=NAME``; all of them without) and release it."""
     home = load_home(Path(config.home))
@@ -46,7 +57,8 @@ def run_grant(config: OwnerConfig) -> None:
     until = _until(need(config, "until", "2027-12-31"))
     if len(config.share) != 2:
         raise ConfigError(f"share={config.share} is not a share", expected="[INDEX,PARTS], such as [0,2]")
-    with open_database(config, load_home(Path(config.home))) as database:
+    home = load_home(Path(config.home))
+    with open_database(config, home) as database:
         grant = create_grant(
             database,
             dataset=dataset,
@@ -54,6 +66,16 @@ def run_grant(config: OwnerConfig) -> None:
             not_after=until,
             share=(config.share[0], config.share[1]),
         )
+    _note(
+        config,
+        home,
+        "grant.created",
+        grant=grant.grant_id,
+        dataset=dataset,
+        analyst=analyst.name,
+        key=analyst.verify_key.hex(),
+        until=int(grant.not_after),
+    )
     say(f"grant {grant.grant_id}: {dataset} to {analyst.name} until {_date(grant.not_after)}")
 
 
@@ -82,6 +104,9 @@ def run_revoke(config: OwnerConfig) -> None:
     home = load_home(Path(config.home))
     with open_database(config, home) as database:
         grant = revoke_grant(database, grant_id)
+        _note(
+            config, home, "grant.revoked", grant=grant_id, dataset=grant.dataset, analyst=grant.analyst.name
+        )
         say(f"revoked: {grant.dataset} to {grant.analyst.name}; no more records leave to it from now on")
         _release(config, home, database, grant.dataset)
 
@@ -95,6 +120,7 @@ def run_rotate(config: OwnerConfig) -> None:
     with open_database(config, home) as database:
         with database.write() as connection:
             begin_epoch(database, connection, dataset)
+        _note(config, home, "epoch.begun", dataset=dataset, epoch=database.dataset(dataset).epoch)
         say(f"{dataset}: key epoch {database.dataset(dataset).epoch}")
         _release(config, home, database, dataset)
 
@@ -110,6 +136,7 @@ def run_rekey(config: OwnerConfig) -> None:
                 "the gateway is running", remedy="Stop it first; its key would be the old one"
             )
         broken = rotate_key_file(config.database or home.database, home.folder / "database.key")
+    _note(config, home, "database.rekeyed", corrupt=len(broken))
     say("the database has a new key; copies of the file from before still open with the old one")
     for record_id in broken:
         say(f"record {record_id} was corrupt before and is now")
@@ -123,6 +150,7 @@ def run_backup(config: OwnerConfig) -> None:
     home = load_home(Path(config.home))
     with open_database(config, home) as database:
         report = backup(database, home.database_key(), out)
+    _note(config, home, "backup.made", records=report.records)
     say(f"{out}: {report.records} records, verified; {home.folder / 'database.key'} opens it")
     for problem in report.corrupt:
         say(problem)
@@ -135,6 +163,7 @@ def run_restore(config: OwnerConfig) -> None:
     home = load_home(Path(config.home))
     source = Path(need(config, "backup", "owner.backup"))
     report = restore(source, config.database or home.database, home.database_key())
+    _note(config, home, "database.restored", records=report.records)
     say(f"restored {report.records} records from {source}")
 
 
@@ -143,23 +172,30 @@ def run_retain(config: OwnerConfig) -> None:
     from flep_fl.private_database.retention import expire
 
     days = need(config, "max_age_days", "365")
-    with open_database(config, load_home(Path(config.home))) as database:
+    home = load_home(Path(config.home))
+    with open_database(config, home) as database:
         found = expire(database, days * DAY, dataset=config.dataset, dry_run=config.dry_run)
+    if not config.dry_run:
+        _note(config, home, "records.expired", destroyed=found.destroyed, days=days)
     word = "would be destroyed" if config.dry_run else "destroyed; release again to serve the rest"
     say(f"{found.destroyed} records {word}, {found.kept} stay ({found.undated} of unknown age)")
 
 
 def run_delete(config: OwnerConfig) -> None:
     """Destroy ``records=[ID,...]``."""
-    with open_database(config, load_home(Path(config.home))) as database:
+    home = load_home(Path(config.home))
+    with open_database(config, home) as database:
         found = database.delete(need(config, "records", "[ID]"))
+    _note(config, home, "records.deleted", records=list(config.records)[:100], destroyed=found)
     say(f"{found} records destroyed; release again to serve the rest")
 
 
 def run_accept_clock(config: OwnerConfig) -> None:
     """Take the system's time as right, after a clock had jumped."""
-    with open_database(config, load_home(Path(config.home))) as database:
+    home = load_home(Path(config.home))
+    with open_database(config, home) as database:
         database.clock.accept()
+    _note(config, home, "clock.accepted")
     say(f"the database goes by {_date(int(time.time()))} from now on")
 
 
@@ -170,6 +206,15 @@ def _release(config: OwnerConfig, home: OwnerHome, database: OwnerDatabase, name
     book = ReleaseBook(database, home.signing_key(), allow_targets=config.allow_targets)
     with progress.live():
         found = book.release(name, on_progress=lambda done, total: progress.bar(name, done, total))
+    _note(
+        config,
+        home,
+        "release.made",
+        dataset=name,
+        release=found.release_id,
+        epoch=found.epoch,
+        records=found.records,
+    )
     say(
         f"{name}: release {found.number}, epoch {found.epoch}: {found.records} records, {found.encrypted} of "
         f"them encrypted now, {found.unlabelled} left out without a label"

@@ -11,11 +11,11 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from flep_fl.contracts.errors import ConfigError, FlepError, PortInUseError, RuntimeStartError
+from flep_fl.contracts.errors import FlepError, PortInUseError, RuntimeStartError
 from flep_fl.data_owner.audit import AuditLog
 from flep_fl.data_owner.gateway.connections import Doorkeeper, GuardedServer
 from flep_fl.data_owner.gateway.guard import Guard, Listener
-from flep_fl.data_owner.network import PeerFilter
+from flep_fl.data_owner.network import PeerFilter, parse_address
 
 _TICK_SECONDS = 0.5
 _BACKLOG = 256
@@ -44,20 +44,6 @@ class Endpoint:
     socket: socket.socket
     peers: PeerFilter
     tls: ssl.SSLContext | None
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Split ``HOST:PORT`` (IPv6 in brackets).
-
-    Raises
-    ------
-    ConfigError
-        It is not such an address.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{text} is no address", expected="HOST:PORT", remedy="Such as 127.0.0.1:8441")
-    return host.strip("[]"), int(port)
 
 
 def bind(address: str, *, name: str) -> socket.socket:

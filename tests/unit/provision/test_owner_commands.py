@@ -1,108 +1,131 @@
-"""``python -m scripts.owner``: grants, releases, keys, backups and retention, as a user types them."""
+"""What an owner does by command leaves its line in the audit log; wrong commands are answered at once."""
 
 from __future__ import annotations
 
-import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from gateways import DATASET, IMAGE, ROOT, events, new_home
 
-from flep_fl.config import CipherConfig, NoiseConfig
-from flep_fl.contracts.errors import ConfigError, DatabaseError, GrantError, KitError, OwnerHomeError
-from flep_fl.data_owner.home import load_home
-from flep_fl.provision import owner_gateway, owner_keys, owner_store
-from flep_fl.provision.owner_config import ACTIONS, OwnerConfig
-
-KEYS = {"verify_key": "11" * 32, "encryption_key": "22" * 32}
-
-
-@pytest.fixture
-def owner(tmp_path, capsys):
-    """A home with a data set of ten images; calls a command and returns what it printed."""
-
-    def call(function, **settings):
-        config = OwnerConfig(home=str(tmp_path / "owner"), **{"action": "test", **settings})
-        function(config)
-        return capsys.readouterr().out
-
-    call(owner_keys.run_keys)
-    call(
-        owner_gateway.run_dataset,
-        dataset="cells",
-        classes=["good", "bad"],
-        cipher=CipherConfig(name="aead"),
-        noise=NoiseConfig(std=0.0),
-    )
-    home = load_home(tmp_path / "owner")
-    call.home, call.config = home, OwnerConfig(home=str(tmp_path / "owner"))
-    with owner_store.open_database(call.config, home) as database:
-        images = np.random.default_rng(0).integers(0, 256, (10, 4, 4), dtype=np.uint8)
-        call.ids = database.ingest(list(images), [0, 1] * 5, ["train"] * 8 + ["test"] * 2)
-        assert database.bundle("cells", 1).cipher_name == "aead"
-    return call
+from flep_fl.contracts.errors import AuditError, ConfigError
+from flep_fl.data_owner.audit import LOG_NAME
+from flep_fl.private_database.store import OwnerDatabase
+from flep_fl.provision import owner_audit, owner_gateway, owner_store
+from flep_fl.provision.owner_config import OwnerConfig
 
 
-def test_a_grant_from_its_making_to_its_end(owner, tmp_path):
-    assert "10 records, 10 of them encrypted now" in owner(owner_store.run_release)
-    kit = tmp_path / "kit.json"
-    kit.write_text(json.dumps({"sites": {"a": KEYS}}))
-    grant = {"dataset": "cells", "until": "2030-01-31"}
-    made = owner(owner_store.run_grant, analyst="a", kit=str(kit), **grant)
-    assert "until 2030-01-31 23:59:59 UTC" in made
-    owner(owner_store.run_grant, analyst="b", share=[1, 2], **KEYS, **grant)
-    listed = owner(owner_store.run_grants).splitlines()
-    assert len(listed) == 2 and listed[0].endswith("stands") and "part 1 of 2 to b" in listed[1]
-    grant_id = re.search("[0-9a-f]{32}", made)[0]
-    revoked = owner(owner_store.run_revoke, grant=grant_id)
-    assert "no more records leave" in revoked and "epoch 2: 10 records, 10 of them encrypted" in revoked
-    assert "revoked 20" in owner(owner_store.run_grants).splitlines()[0]
-    assert "key epoch 3" in owner(owner_store.run_rotate, dataset="cells")
+def config(home: Path, **values: object) -> OwnerConfig:
+    made = OwnerConfig(action="test", home=str(home), **values)  # type: ignore[arg-type]
+    for name in owner_gateway.LISTENERS:
+        getattr(made, name).address = "127.0.0.1:1"
+    return made
+
+
+def hexadecimal(key: Ed25519PrivateKey | X25519PrivateKey) -> str:
+    return key.public_key().public_bytes_raw().hex()
+
+
+def test_every_command_that_changes_something_is_in_the_audit_log(tmp_path: Path) -> None:
+    home = new_home(tmp_path / "owner")
+    with OwnerDatabase(home.database, home.database_key()) as database:
+        ids = database.ingest([IMAGE] * 3, [0, 1, 1], ["train", "train", "test"])
+    keys = {
+        "verify_key": hexadecimal(Ed25519PrivateKey.generate()),
+        "encryption_key": hexadecimal(X25519PrivateKey.generate()),
+    }
+    owner_store.run_release(config(home.folder))
+    owner_store.run_grant(config(home.folder, dataset=DATASET, analyst="a", until="2099-01-01", **keys))
+    grant = events(home)[-1]["grant"]
+    owner_store.run_revoke(config(home.folder, grant=grant))
+    owner_store.run_rotate(config(home.folder, dataset=DATASET))
+    owner_store.run_delete(config(home.folder, records=[ids[0]]))
+    owner_store.run_retain(config(home.folder, max_age_days=1.0))
+    owner_store.run_retain(config(home.folder, max_age_days=1.0, dry_run=True))
+    owner_store.run_backup(config(home.folder, out=str(tmp_path / "backup")))
+    owner_store.run_rekey(config(home.folder))
+    owner_store.run_accept_clock(config(home.folder))
+    assert [line["event"] for line in events(home)[1:]] == [
+        "release.made",
+        "grant.created",
+        "grant.revoked",
+        "release.made",
+        "epoch.begun",
+        "release.made",
+        "records.deleted",
+        "records.expired",
+        "backup.made",
+        "database.rekeyed",
+        "clock.accepted",
+    ]
+    owner_audit.run_audit(config(home.folder))
+
+
+def test_a_log_that_was_tampered_with_ends_in_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = new_home(tmp_path / "owner")
+    owner_store.run_accept_clock(config(home.folder))
+    owner_audit.run_audit(config(home.folder, out=str(tmp_path / "head.json")))
+    log = home.audit / LOG_NAME
+    log.write_bytes(log.read_bytes().replace(b"clock.accepted", b"clock_accepted"))
+    with pytest.raises(AuditError, match="not what was written"):
+        owner_audit.run_audit(config(home.folder, heads=[str(tmp_path / "head.json")]))
+    copied = config(home.folder / "nowhere", log=str(log), audit_key=home.audit_key.hex())
+    with pytest.raises(AuditError, match="not what was written"):
+        owner_audit.run_audit(copied)
+    assert "rewritten" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "words"),
+    ("address", "values", "message"),
     [
-        ({}, ConfigError, "needs dataset"),
-        ({"dataset": "cells"}, ConfigError, "needs analyst"),
-        ({"dataset": "cells", "analyst": "a"}, ConfigError, "needs verify_key"),
-        ({"dataset": "cells", "analyst": "a", "kit": "none"}, KitError, "cannot be read"),
-        ({"dataset": "cells", "analyst": "a", **KEYS, "until": "soon"}, ConfigError, "not a date"),
-        ({"dataset": "cells", "analyst": "a", **KEYS, "until": "2020-01-01"}, GrantError, "before it begins"),
-        ({"dataset": "x", "analyst": "a", **KEYS, "until": "2030-01-01"}, DatabaseError, "no such data set"),
-        (
-            {"dataset": "cells", "analyst": "a", **KEYS, "until": "2030-01-01", "share": [1]},
-            ConfigError,
-            "not a share",
-        ),
+        ("0.0.0.0:8443", {}, "admin.address"),
+        ("10.0.0.1:8443", {}, "admin.address"),
     ],
 )
-def test_a_grant_that_is_not_said_well(owner, settings, error, words):
-    with pytest.raises(error, match=words):
-        owner(owner_store.run_grant, **settings)
+def test_administration_stays_on_loopback(
+    tmp_path: Path, address: str, values: dict[str, object], message: str
+) -> None:
+    made = config(tmp_path, **values)
+    made.admin.address = address
+    with pytest.raises(ConfigError, match=message):
+        owner_gateway.check_exposure(made)
 
 
-def test_keys_backups_and_deletion(owner, tmp_path):
-    old_key = (owner.home.folder / "database.key").read_bytes()
-    assert "10 records, verified" in owner(owner_store.run_backup, out=str(tmp_path / "b"))
-    with owner.home.exclusive("serves"), pytest.raises(OwnerHomeError, match="Stop it first"):
-        owner(owner_store.run_rekey)
-    owner(owner_store.run_rekey)
-    assert (owner.home.folder / "database.key").read_bytes() != old_key
-    assert "2 records destroyed" in owner(owner_store.run_delete, records=owner.ids[:2])
-    with pytest.raises(DatabaseError, match="another owner key"):
-        owner(owner_store.run_restore, backup=str(tmp_path / "b"))
-    (owner.home.folder / "database.key").write_bytes(old_key)
-    place = str(tmp_path / "again.db")
-    assert "restored 10 records" in owner(owner_store.run_restore, backup=str(tmp_path / "b"), database=place)
-    kept = owner(owner_store.run_retain, max_age_days=1.0, dry_run=True, database=place)
-    assert "0 records would be destroyed, 10 stay" in kept
-    assert "goes by" in owner(owner_store.run_accept_clock, database=place)
+def test_plain_http_stays_on_loopback(tmp_path: Path) -> None:
+    made = config(tmp_path, tls=False)
+    owner_gateway.check_exposure(made)
+    made.ingest.address = "0.0.0.0:8441"
+    with pytest.raises(ConfigError, match="tls=false"):
+        owner_gateway.check_exposure(made)
+    made.tls = True
+    owner_gateway.check_exposure(made)
 
 
-def test_every_action_leads_somewhere():
-    from importlib import import_module
-
-    for target in ACTIONS.values():
-        module, _, function = target.partition(":")
-        assert callable(getattr(import_module(module), function))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "action is not set"),
+        (["action=sever"], "Did you mean action=serve"),
+        (["action=serve", "ingest.in_flight=0"], "ingest.in_flight=0 is not positive"),
+        (["action=serve", "ingest.port=1"], "ingest"),
+        (["action=serve", "home=/nonexistent/home"], "action=keys"),
+    ],
+)
+def test_a_wrong_command_is_answered_before_anything_heavy_loads(arguments: list[str], message: str) -> None:
+    code = (
+        "import sys\n"
+        "from scripts import owner\n"
+        f"sys.argv = ['owner', *{arguments!r}]\n"
+        "try:\n    owner.main()\n"
+        "except SystemExit as end:\n    sys.stderr.write(f'exit {end.code}\\n')\n"
+        "print(sorted({'torch', 'flwr', 'fastapi', 'uvicorn', 'tenseal'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert re.search(r"exit [12]", done.stderr) and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout.strip() == "[]"
