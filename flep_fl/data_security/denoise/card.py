@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,11 @@ class ModelCard:
         Held-out pictures in words, and the mean PSNR on them in dB (None where there were none).
     sha256
         Checksum of the safetensors file.
+    noise_range
+        Lowest and highest level of a network that serves a range; None for a single level.
+    unshuffle, conditioned
+        The variant of the network, see :class:`~flep_fl.data_security.denoise.network.DnCNN`. A range
+        without condition is blind: it finds the level itself.
     """
 
     noise_family: str
@@ -51,6 +56,9 @@ class ModelCard:
     validation: str | None
     validation_psnr: float | None
     sha256: str
+    noise_range: tuple[float, float] | None = None
+    unshuffle: int = 1
+    conditioned: bool = False
 
     def to_json(self) -> bytes:
         """Serialise, readable."""
@@ -61,8 +69,14 @@ def parse_card(text: bytes) -> ModelCard:
     """Read a model card, or raise ``DenoiserError``."""
     try:
         values = json.loads(text)
-        card = ModelCard(**{field.name: values[field.name] for field in fields(ModelCard)})
-    except (ValueError, KeyError, TypeError) as exc:
+        known = {
+            field.name: values[field.name]
+            for field in fields(ModelCard)
+            if field.name in values or field.default is MISSING
+        }
+        span = known.get("noise_range")
+        card = ModelCard(**{**known, "noise_range": None if span is None else (span[0], span[1])})
+    except (ValueError, KeyError, TypeError, IndexError) as exc:
         raise DenoiserError("The model card is damaged", found=repr(exc), remedy=_REMEDY) from exc
     # bool is an int in Python; type() keeps it out.
     numbers = type(card.depth) is int and type(card.channels) is int and type(card.noise_std) in {int, float}
@@ -72,11 +86,20 @@ def parse_card(text: bytes) -> ModelCard:
         or not 2 <= card.depth <= 64
         or not 1 <= card.channels <= 1024
         or not 0 < card.noise_std < math.inf
+        or card.unshuffle not in (1, 2)
+        or type(card.conditioned) is not bool
+        or not _is_span(card.noise_range)
     ):
         raise DenoiserError(
             "The model card is damaged", expected="depth, channels, noise_std and sha256", remedy=_REMEDY
         )
     return card
+
+
+def _is_span(span: tuple[float, float] | None) -> bool:
+    if span is None:
+        return True
+    return all(type(level) in {int, float} for level in span) and 0 <= span[0] < span[1] < math.inf
 
 
 def serialise(model: DnCNN) -> bytes:
@@ -108,7 +131,13 @@ def deserialise(weights: bytes, card: ModelCard) -> DnCNN:
         )
     try:
         state = {name: value.to(torch.float32) for name, value in load(weights).items()}
-        model = DnCNN(card.depth, card.channels, batch_norm=False)
+        model = DnCNN(
+            card.depth,
+            card.channels,
+            batch_norm=False,
+            unshuffle=card.unshuffle,
+            conditioned=card.conditioned,
+        )
         model.load_state_dict(state)
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             raise ValueError("weights that are not finite")

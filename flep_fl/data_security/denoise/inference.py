@@ -44,6 +44,7 @@ def network_denoiser(
     model: DnCNN,
     *,
     gain: float = 1.0,
+    level: float | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     threads: int | None = None,
@@ -58,6 +59,8 @@ def network_denoiser(
         The network; batch normalisation is folded here. It is copied, not kept.
     gain
         Factor on the intensities before the network, undone after it (noise levels near the trained one).
+    level
+        Standard deviation that a conditioned network is told, 8-bit scale, before ``gain``.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     dtype
@@ -66,8 +69,8 @@ def network_denoiser(
     threads
         Threads of PyTorch during a call, set back after it; None leaves the process's setting alone.
     tile
-        Larger images are cut in squares of this side, each read with a border of ``depth`` pixels, the reach
-        of the receptive field: the result is that of the whole image.
+        Larger images are cut in squares of this side, each read with a border of the receptive
+        field's reach: the result is that of the whole image.
     pixels
         Upper limit of pixels in one pass through the network (at least one image or tile).
 
@@ -81,15 +84,18 @@ def network_denoiser(
         raise ConfigError("The denoiser needs a thread", expected="threads >= 1", found=threads)
     place = select_device(device)
     kind = select_dtype(place) if dtype is None else dtype
-    reach = model.depth
+    reach = model.reach
     network = fold_batch_norm(model).to(device=place, dtype=kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    body: Callable[[torch.Tensor], torch.Tensor] = network.body
+    predict: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = network.noise
     factor = gain / 255.0
+    told = None if level is None else torch.tensor([level * factor], dtype=kind, device=place)
 
     def denoise_tile(images: FloatImages) -> FloatImages:
         source = torch.from_numpy(np.ascontiguousarray(images))[:, None].to(place)
-        inputs = (source * factor).to(dtype=kind).contiguous(memory_format=torch.channels_last)
-        noise = body(inputs).to(torch.float32) / factor
+        inputs = (_padded(source, model.unshuffle) * factor).to(dtype=kind)
+        levels = None if told is None else told.expand(len(images))
+        noise = predict(inputs.contiguous(memory_format=torch.channels_last), levels)
+        noise = noise[:, :, : source.shape[2], : source.shape[3]].to(torch.float32) / factor
         result: FloatImages = (source - noise)[:, 0].cpu().numpy()
         return result
 
@@ -118,6 +124,14 @@ def network_denoiser(
                 torch.set_num_threads(before)
 
     return call
+
+
+def _padded(images: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Repeat the last row and column until both sides are multiples of ``multiple``."""
+    below, right = (-side % multiple for side in images.shape[2:])
+    if not below and not right:
+        return images
+    return torch.nn.functional.pad(images, (0, right, 0, below), mode="replicate")
 
 
 def check_images(images: FloatImages) -> None:

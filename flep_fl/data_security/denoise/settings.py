@@ -23,9 +23,19 @@ class TrainSettings:
     validation
         Folder of held-out pictures; none when None.
     noise_std
-        Standard deviation of the white Gaussian noise, 8-bit scale, above 0.
+        Standard deviation of the white Gaussian noise, 8-bit scale, above 0. With a range: where the
+        validation is done.
+    noise_range
+        Lowest and highest standard deviation; every crop draws its own. None: ``noise_std`` alone.
+    blind
+        With a range: the network is not told the level.
+    unshuffle
+        1: the paper's network; 2: the fast variant on half-size images.
     depth, channels
         Shape of the DnCNN.
+    start
+        Weights to go on from (``.safetensors`` with its card beside it, of the same shape), folded as they
+        are; None starts from random ones.
     steps, batch, crop
         Adam steps, crops a step, side of a crop in pixels.
     scales
@@ -51,8 +61,12 @@ class TrainSettings:
     out: Path = Path("dncnn9_gaussian_25.safetensors")
     validation: Path | None = None
     noise_std: float = 25.0
+    noise_range: list[float] | None = None
+    blind: bool = False
+    unshuffle: int = 1
     depth: int = 9
     channels: int = 64
+    start: Path | None = None
     steps: int = 6000
     batch: int = 32
     crop: int = 48
@@ -75,6 +89,13 @@ class TrainSettings:
     def check(self) -> TrainSettings:
         """Return the settings, or raise ``ConfigError`` that names the first bad value."""
         _within("noise_std", self.noise_std, self.noise_std > 0, "a number above 0")
+        span = self.noise_range
+        fits = span is None or (len(span) == 2 and 0 <= span[0] < span[1] < math.inf)
+        _within("noise_range", span, fits, "two standard deviations [low,high], 0 <= low < high, or null")
+        _within("blind", self.blind, not self.blind or span is not None, "false without a noise_range")
+        _within("unshuffle", self.unshuffle, self.unshuffle in (1, 2), "1 or 2")
+        _within("crop", self.crop, self.crop % self.unshuffle == 0, "a multiple of unshuffle")
+        _within("start", self.start, self.start is None or self.start.is_file(), "a .safetensors file")
         _within("depth", self.depth, 2 <= self.depth <= 64, "2 to 64")
         _within("channels", self.channels, 1 <= self.channels <= 1024, "1 to 1024")
         for name in ("steps", "batch", "validate_every", "validation_images", "checkpoint_every"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flep_fl.contracts.errors import ConfigError, DenoiserError, EmptyDatasetError
 from flep_fl.contracts.files import read_bytes, write_atomic
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
-from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, serialise
+from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
 from flep_fl.data_security.denoise.images import LumaImage, load_folder
 from flep_fl.data_security.denoise.inference import mean_psnr, network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN
@@ -34,6 +34,9 @@ from flep_fl.data_security.denoise.settings import TrainSettings
 _log = logging.getLogger(__name__)
 
 _RECALIBRATION_BATCHES = 100
+
+Batch = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def train_denoiser(settings: TrainSettings) -> ModelCard:
@@ -88,7 +91,7 @@ class CropSampler:
     pictures
         ``(H, W)`` uint8 each; those with a side below ``settings.crop`` are left out.
     settings
-        ``seed``, ``batch``, ``crop``, ``scales`` and ``noise_std`` are used.
+        ``seed``, ``batch``, ``crop``, ``scales``, ``noise_std`` and ``noise_range`` are used.
 
     Raises
     ------
@@ -120,8 +123,8 @@ class CropSampler:
             digest.update(image.tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the clean crops and their noise of ``step``, ``(N, 1, S, S)`` float32, 0..1 scale."""
+    def batch(self, step: int) -> Batch:
+        """Return clean crops and noise of ``step``, ``(N, 1, S, S)``, and levels, ``(N,)``; 0..1 scale."""
         settings = self._settings
         # A generator per step: nothing to save in a checkpoint, and a resumed run sees the same batches.
         random = np.random.default_rng([settings.seed, step])
@@ -136,7 +139,11 @@ class CropSampler:
             crop = crop[:: 1 - 2 * (turn & 1), :: 1 - (turn & 2)]
             clean[slot, 0] = crop.T if turn & 4 else crop
         noise = random.standard_normal(clean.shape, dtype=np.float32)
-        return clean / np.float32(255), noise * np.float32(settings.noise_std / 255)
+        levels = np.full(settings.batch, settings.noise_std / 255, dtype=np.float32)
+        span = settings.noise_range
+        if span is not None:
+            levels = (random.uniform(span[0], span[1], settings.batch) / 255).astype(np.float32)
+        return clean / np.float32(255), noise * levels[:, None, None, None], levels
 
 
 class _Run:
@@ -150,7 +157,7 @@ class _Run:
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = DnCNN(settings.depth, settings.channels)
+            model = _first_model(settings)
         self.model: DnCNN = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.model)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
@@ -158,24 +165,32 @@ class _Run:
             name: value
             for name, value in asdict(settings).items()
             if name in {"noise_std", "depth", "channels", "steps", "batch", "crop", "scales", "lr"}
-            or name in {"warmup", "ema", "seed"}
+            or name in {"warmup", "ema", "seed", "noise_range", "blind", "unshuffle"}
         }
+        if settings.start is not None:
+            relevant["start"] = checksum(read_bytes(settings.start, what="start", error=DenoiserError))
         self.fingerprint = json.dumps({**relevant, "pixels": data_digest}, sort_keys=True)
         if settings.resume and self.checkpoint.exists():
             self._load()
 
-    def to_device(self, batch: tuple[NDArray[np.float32], NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-        clean, noise = (torch.from_numpy(part).to(self.device) for part in batch)
-        return (clean + noise).contiguous(memory_format=torch.channels_last), noise
+    def to_device(self, batch: Batch) -> Tensors:
+        clean, noise, levels = (torch.from_numpy(part).to(self.device) for part in batch)
+        return (clean + noise).contiguous(memory_format=torch.channels_last), noise, levels
 
-    def update(self, noisy: Tensor, noise: Tensor) -> float:
+    def update(self, noisy: Tensor, noise: Tensor, levels: Tensor) -> float:
         """Take one Adam step; return the loss."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.lr * schedule(self.step, self.settings.steps, self.settings.warmup)
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            predicted = self.model.body(noisy)
-        loss = nn.functional.mse_loss(predicted.float(), noise)
+            predicted = self.model.noise(noisy, levels)
+        if self.settings.noise_range is None:
+            loss = nn.functional.mse_loss(predicted.float(), noise)
+        else:
+            # What is left of the noise grows about as its level does: without the division the strong
+            # levels would be learnt at the expense of the weak ones.
+            errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+            loss = (errors / (255 * levels).clamp(min=1.0)).mean() * self.settings.noise_std
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
@@ -233,7 +248,25 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def recalibrate(model: DnCNN, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+def _first_model(settings: TrainSettings) -> DnCNN:
+    """Return random weights, or those of ``start``, folded: they are trained on without normalisation."""
+    conditioned = settings.noise_range is not None and not settings.blind
+    if settings.start is None:
+        return DnCNN(settings.depth, settings.channels, unshuffle=settings.unshuffle, conditioned=conditioned)
+    text = read_bytes(card_path(settings.start), what="The model card of start", error=DenoiserError)
+    card = parse_card(text)
+    wanted = (settings.depth, settings.channels, settings.unshuffle, conditioned)
+    found = (card.depth, card.channels, card.unshuffle, card.conditioned)
+    if found != wanted:
+        raise DenoiserError(
+            f"start={settings.start} is another network (depth, channels, unshuffle, conditioned)",
+            expected=wanted,
+            found=found,
+        )
+    return deserialise(read_bytes(settings.start, what="start", error=DenoiserError), card)
+
+
+def recalibrate(model: DnCNN, batches: Iterator[Tensors]) -> None:
     """Measure the statistics of every batch normalisation again, as the plain mean over ``batches``.
 
     Averaged weights have other activations than any of the weights that were averaged, so the running
@@ -246,8 +279,8 @@ def recalibrate(model: DnCNN, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         norm.momentum = None  # PyTorch's cumulative average
     model.train()
     with torch.no_grad():
-        for noisy, _ in batches:
-            model.body(noisy)
+        for noisy, _, levels in batches:
+            model.noise(noisy, levels)
     model.eval()
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
@@ -272,7 +305,7 @@ def _optimise(run: _Run, sampler: CropSampler, centres: list[LumaImage]) -> None
                 f"step {run.step}/{settings.steps}  loss {np.mean(losses) * 255**2:.2f}  {pace:.3f} s/step"
             )
             if centres:
-                denoise = network_denoiser(run.average, device=settings.device)
+                denoise = network_denoiser(run.average, level=settings.noise_std, device=settings.device)
                 value = mean_psnr(denoise, list(centres[: settings.validation_images]), settings.noise_std)
                 message += f"  validation {value:.2f} dB"
             _log.info(message)
@@ -283,6 +316,7 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
     """Write the averaged weights and their card; the card's PSNR is that of the written float16 weights."""
     settings = run.settings
     weights = serialise(run.average)
+    span = settings.noise_range
 
     def card(value: float | None) -> ModelCard:
         return ModelCard(
@@ -300,11 +334,15 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
             validation=settings.validation_source if held_out else None,
             validation_psnr=value,
             sha256=checksum(weights),
+            noise_range=None if span is None else (float(span[0]), float(span[1])),
+            unshuffle=settings.unshuffle,
+            conditioned=run.model.conditioned,
         )
 
     result = card(None)
     if held_out:
-        denoise = network_denoiser(deserialise(weights, result), device=settings.device)
+        network = deserialise(weights, result)
+        denoise = network_denoiser(network, level=settings.noise_std, device=settings.device)
         result = card(round(mean_psnr(denoise, list(held_out), settings.noise_std), 3))
     write_atomic(settings.out, weights)
     write_atomic(card_path(settings.out), result.to_json())

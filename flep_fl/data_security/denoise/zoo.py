@@ -16,7 +16,7 @@ from flep_fl.contracts.ports import Denoise
 if TYPE_CHECKING:
     from flep_fl.data_security.denoise.card import ModelCard
 
-NETWORKS = ("dncnn9",)
+NETWORKS = ("dncnn9", "fast")
 """Names of :func:`load_denoiser` beside ``none``."""
 
 SCALING = (0.4, 2.0)
@@ -51,7 +51,7 @@ def load_denoiser(
     Parameters
     ----------
     name
-        ``dncnn9``, or ``none`` for the identity.
+        ``dncnn9`` (the paper's), ``fast`` (half-size images, told the level), or ``none`` for the identity.
     std
         On the 8-bit scale, as it is *in the restored image*. 0 gives the identity.
     threads
@@ -85,10 +85,11 @@ def load_denoiser(
 
     folder = files("flep_fl.data_security.denoise") / "weights" if weights is None else weights
     cards = _cards(name, folder)
-    stem, card = min(cards.items(), key=lambda item: abs(math.log(std / item[1].noise_std)))
-    gain = card.noise_std / std
-    if not SCALING[0] <= std / card.noise_std <= SCALING[1]:
-        ranges = sorted((c.noise_std * SCALING[0], c.noise_std * SCALING[1]) for c in cards.values())
+    stem, card = min(cards.items(), key=lambda item: abs(math.log(std / _level(item[1], std))))
+    gain = _level(card, std) / std
+    low, high = _reach(card)
+    if not low <= std <= high:
+        ranges = sorted(_reach(c) for c in cards.values())
         raise DenoiserError(
             f"No {name} denoiser for this noise level",
             expected="a standard deviation in " + ", ".join(f"{low:g} to {high:g}" for low, high in ranges),
@@ -97,15 +98,29 @@ def load_denoiser(
             f"out=WEIGHTS/{name}_gaussian_{std:g}.safetensors, and put both files beside the shipped weights",
         )
     data = _read(folder / f"{stem}.safetensors")
-    return network_denoiser(deserialise(data, card), gain=gain, device=device, threads=threads)
+    return network_denoiser(deserialise(data, card), gain=gain, level=std, device=device, threads=threads)
+
+
+def _level(card: ModelCard, std: float) -> float:
+    """Return the level at which the network of ``card`` would serve noise of ``std``."""
+    if card.noise_range is None:
+        return card.noise_std
+    return min(max(std, card.noise_range[0]), card.noise_range[1])
+
+
+def _reach(card: ModelCard) -> tuple[float, float]:
+    """Return the lowest and the highest standard deviation that a network serves."""
+    low, high = card.noise_range or (card.noise_std, card.noise_std)
+    factors = (1.0, 1.0) if card.noise_range else SCALING
+    return low * factors[0], high * factors[1]
 
 
 def _cards(name: str, folder: Traversable) -> dict[str, ModelCard]:
-    """Model cards of the network ``name`` for Gaussian noise, by file stem."""
+    """Model cards of the network ``name`` for Gaussian noise, by file stem: one a level, or one a range."""
     from flep_fl.data_security.denoise.card import parse_card
 
     found = [entry for entry in folder.iterdir() if entry.name.endswith(".json")] if folder.is_dir() else []
-    prefix = f"{name}_gaussian_"
+    prefix = f"{name}_gaussian"
     cards = {
         entry.name.removesuffix(".json"): parse_card(_read(entry))
         for entry in sorted(found, key=lambda entry: entry.name)
@@ -114,7 +129,7 @@ def _cards(name: str, folder: Traversable) -> dict[str, ModelCard]:
     if not cards:
         raise DenoiserError(
             f"There are no weights for the denoiser {name}",
-            expected=f"{prefix}LEVEL.safetensors and .json in {folder}",
+            expected=f"{prefix}_LEVEL.safetensors and .json in {folder}",
             remedy="Install the package again, or train with `python -m scripts.train_denoiser`",
         )
     return cards

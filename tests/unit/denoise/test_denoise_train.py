@@ -179,7 +179,8 @@ def test_batches_depend_on_seed_and_step_alone(pictures):
     for one, two in zip(first.batch(7), second.batch(7), strict=True):
         np.testing.assert_array_equal(one, two)
     assert not np.array_equal(first.batch(7)[0], first.batch(8)[0])
-    clean, noise = first.batch(0)
+    clean, noise, levels = first.batch(0)
+    np.testing.assert_array_equal(levels, np.full(8, np.float32(25 / 255)))
     assert clean.shape == noise.shape == (8, 1, 24, 24)
     assert clean.dtype == noise.dtype == np.float32
     assert 0 <= clean.min() < clean.max() <= 1
@@ -213,7 +214,7 @@ def test_recalibration_measures_the_plain_mean():
     model = DnCNN(3, 4)
     norm = next(layer for layer in model.body if isinstance(layer, nn.BatchNorm2d))
     batches = [torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    recalibrate(model, ((batch, batch) for batch in batches))
+    recalibrate(model, ((batch, batch, torch.zeros(2)) for batch in batches))
     with torch.no_grad():
         maps = [model.body[2](model.body[1](model.body[0](batch))) for batch in batches]
     expected = torch.stack([part.mean(dim=(0, 2, 3)) for part in maps]).mean(0)

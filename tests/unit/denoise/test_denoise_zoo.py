@@ -71,7 +71,7 @@ def test_identity_needs_no_pytorch():
 
 @pytest.mark.parametrize("name", ["dncnn", "", "NONE", "../dncnn9"])
 def test_unknown_names(name):
-    with pytest.raises(ConfigError, match="dncnn9 or none"):
+    with pytest.raises(ConfigError, match="dncnn9 or fast or none"):
         load_denoiser(name, 25)
 
 
