@@ -27,6 +27,8 @@ _IHDR = struct.Struct(
     ">I4sIIBBBBB"
 )  # length, "IHDR", width, height, depth, colour, compression, filter, interlace
 _PNG_COLOURS = {0: 1, 2: 3}  # grey, RGB; palettes and alpha channels are none of a camera's business
+_PNG_MODES = {(8, 0): ("L",), (16, 0): ("I;16", "I;16B", "I"), (8, 2): ("RGB",)}
+"""Pillow's modes by depth and colour type."""
 _DTYPES: dict[str, np.dtype[Any]] = {"raw-uint8": np.dtype("u1"), "raw-uint16": np.dtype("<u2")}
 _REMEDY = "Send PNG (grey 8 or 16 bits, RGB 8 bits) or raw pixels"
 
@@ -76,7 +78,7 @@ def decode_image(
 
 
 def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    depth, colour = _png_head(data, max_pixels)
+    depth, colour, size = _png_head(data, max_pixels)
     if (depth, colour) not in ((8, 0), (16, 0), (8, 2)):
         raise ImageFormatError(
             "the PNG has an unsupported kind of pixels",
@@ -92,6 +94,9 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8] | NDArray[np.
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 if getattr(image, "n_frames", 1) != 1:
                     raise ImageFormatError("the PNG is animated", remedy=_REMEDY)
+                # A second header would take the place of the one that was checked.
+                if image.size != size or image.mode not in _PNG_MODES[depth, colour]:
+                    raise ImageFormatError("the PNG has two headers", remedy=_REMEDY)
                 pixels = np.asarray(image)
     except ImageFormatError:
         raise
@@ -105,15 +110,15 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8] | NDArray[np.
     return np.ascontiguousarray(pixels, np.uint8)
 
 
-def _png_head(data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Check the size in the PNG's first chunk; return bit depth and colour type."""
+def _png_head(data: bytes, max_pixels: int) -> tuple[int, int, tuple[int, int]]:
+    """Check the size in the PNG's first chunk; return bit depth, colour type, and width and height."""
     if not data.startswith(_PNG_MAGIC) or len(data) < len(_PNG_MAGIC) + _IHDR.size:
         raise ImageFormatError("the image bytes are not a PNG", remedy=_REMEDY)
     length, name, width, height, depth, colour, *_ = _IHDR.unpack_from(data, len(_PNG_MAGIC))
     if length != 13 or name != b"IHDR":
         raise ImageFormatError("the image bytes are not a PNG", remedy=_REMEDY)
     _check_size(height, width, max_pixels)
-    return depth, colour
+    return depth, colour, (width, height)
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

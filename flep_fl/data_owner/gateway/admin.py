@@ -122,9 +122,8 @@ class Admin:
         name = self._administrators.get(key)
         if name is None:
             raise unauthorised(f"{key.hex()} is no administrator's key")
-        self._callers.spend(key, nonce)
         exchange.who = name
-        self._listener.identities.take(name)
+        self._callers.spend(key, nonce, charge=lambda: self._listener.identities.take(name))
 
 
 def admin_app(admin: Admin, listener: Listener) -> Guard:

@@ -32,6 +32,10 @@ class NonceMemory:
         self._limit, self._seconds = limit, seconds
         self._seen: OrderedDict[tuple[bytes, str], float] = OrderedDict()
 
+    def knows(self, key: bytes, nonce: str) -> bool:
+        """Say whether a nonce is remembered."""
+        return (key, nonce) in self._seen
+
     def use(self, key: bytes, nonce: str, now: float) -> bool:
         """Remember a nonce; say whether it is new.
 
@@ -98,13 +102,26 @@ class Callers:
             )
         return signed.key, signed.nonce
 
-    def spend(self, key: bytes, nonce: str) -> None:
-        """Use up the nonce of a caller who is known here.
+    def spend(self, key: bytes, nonce: str, *, charge: Callable[[], None]) -> None:
+        """Charge a caller who is known here for a request, and use up its nonce.
+
+        A repetition costs its caller nothing (anybody may have made it), and what the rate refuses leaves no
+        nonce behind: all callers share that memory, and nobody may fill it faster than the rate.
+
+        Parameters
+        ----------
+        key, nonce
+            As :meth:`signer` returned them.
+        charge
+            Takes one token of the caller's rate.
 
         Raises
         ------
         Refusal
-            401 where it was used before.
+            401 where the nonce was used before; 429 of ``charge``.
         """
-        if not self._nonces.use(key, nonce, self._clock()):
+        now = self._clock()
+        if not self._nonces.knows(key, nonce):
+            charge()
+        if not self._nonces.use(key, nonce, now):
             raise Refusal(401, "request_signature", "the request was made before", detail=key.hex())

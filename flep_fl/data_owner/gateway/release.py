@@ -126,8 +126,7 @@ class Release:
                 while len(self._known) > _KNOWN_LIMIT:
                     self._known.popitem(last=False)
         if self._known.get(key, 0.0) > self._clock():
-            self._callers.spend(key, nonce)
-            self._listener.identities.take(key.hex())
+            self._callers.spend(key, nonce, charge=lambda: self._listener.identities.take(key.hex()))
         return key, grants
 
     def _log(self, event: str, exchange: Exchange, **fields: Any) -> None:

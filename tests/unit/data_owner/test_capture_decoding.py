@@ -143,3 +143,18 @@ def test_an_altered_png_decodes_or_is_refused_by_name(data: st.DataObject) -> No
             assert decode(hostile).ndim in (2, 3)
         except ImageFormatError:
             continue
+
+
+@pytest.mark.parametrize(("side", "colour"), [(200, 0), (5, 2)], ids=["larger", "other-colours"])
+def test_a_second_header_does_not_replace_the_checked_one(side: int, colour: int) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+    def head(side: int, colour: int) -> bytes:
+        return chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, colour, 0, 0, 0))
+
+    rows = zlib.compress(bytes((side * (3 if colour else 1) + 1) * side))
+    data = b"\x89PNG\r\n\x1a\n" + head(5, 0) + head(side, colour) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    with pytest.raises(ImageFormatError, match="two headers"):
+        decode(data)

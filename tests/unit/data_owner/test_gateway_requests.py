@@ -564,3 +564,20 @@ def test_nonces_are_bounded_and_never_forgotten_too_early() -> None:
         memory.use(b"k", "3", 9.0)
     assert caught.value.status == 503
     assert memory.use(b"k", "3", 10.0)
+
+
+def test_an_analyst_over_the_rate_does_not_fill_the_nonces_of_all(
+    tmp_path: Path, analyst: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NonceMemory.__init__, "__kwdefaults__", {"limit": 6, "seconds": 600.0})
+    camera, other = Camera(), Ed25519PrivateKey.generate()
+    with gateway_parts(tmp_path / "owner", limits=Limits(rate=0.001, burst=3)) as parts:
+        approved(parts, camera.statement(parts.home))
+        granted(parts, camera, analyst, images=1)
+        granted(parts, camera, other, images=1)
+        codes = [fetch(parts, analyst, "/v1/grants").status_code for _ in range(8)]
+        assert codes == [200] * 3 + [429] * 5
+        headers = parts.signed("GET", "/v1/grants", other)
+        again = [ask(parts, "release", "GET", "/v1/grants", headers=headers).status_code for _ in range(5)]
+        assert again == [200] + [401] * 4
+        assert fetch(parts, other, "/v1/grants").status_code == 200, "a repetition costs nothing"
