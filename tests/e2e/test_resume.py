@@ -423,6 +423,20 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "nowhere")
 
 
+def test_what_a_killed_process_left_half_written_is_removed(stopped: Sessions, tmp_path: Path) -> None:
+    left = [
+        tmp_path / "cloud" / "checkpoint" / ".sum-000003.bin.x1y2",
+        tmp_path / "cloud" / "checkpoint" / ".state.bin.x1y2",
+        tmp_path / "a" / ".upload.bin.x1y2",
+        tmp_path / "a" / ".sum.bin.x1y2",
+    ]
+    for path in left:
+        path.write_bytes(b"half")
+    stopped.restart("a")
+    resumed(stopped, tmp_path).start(stopped.grid)
+    assert not [path for path in left if path.exists()]
+
+
 def test_two_servers_cannot_use_one_checkpoint(stopped: Sessions, tmp_path: Path) -> None:
     first = CheckpointFolder(tmp_path / "cloud" / "checkpoint", stopped.cloud_key)
     with pytest.raises(CheckpointError, match="Another server uses"):

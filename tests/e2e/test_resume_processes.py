@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -134,6 +135,35 @@ def test_superlink_killed_alone_costs_an_attempt(parties: Parties) -> None:
     rounds = check_end(parties)
     assert "SuperLinkLostError" in parties.log("cloud")
     assert [entry.get("attempts", 1) for entry in rounds] == [1, 2, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_frozen_site_holds_a_round_up_for_the_timeout_and_comes_back(tmp_path: Path) -> None:
+    names = (*SITES, "d")
+    parties = make_parties(
+        tmp_path, names, "federation.rounds=3", "train.local_epochs=1", "federation.round_timeout=45"
+    )
+    frozen: list[int] = []
+    try:
+        for name in ("cloud", *names):
+            parties.start(name)
+        parties.wait_for("cloud", "round 2/3: training", LIMIT)
+        frozen = [parties.processes["d"].pid, *descendants(parties.processes["d"].pid)]
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        parties.wait_for("cloud", "site d failed in round 2: (round_timeout|site_lost)", 120)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        assert parties.wait("cloud", LIMIT) == 0, parties.log("cloud")
+        assert [parties.wait(name, LIMIT) for name in SITES] == [0, 0, 0]
+        rounds = json.loads((run_folder(parties) / "results.json").read_text())["rounds"]
+        assert [sorted(entry["replied"]) for entry in rounds][:2] == [list(names), list(SITES)]
+        assert [failure["site"] for failure in rounds[1]["failed"]] == ["d"]
+    finally:
+        for pid in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        parties.stop()
 
 
 @pytest.mark.slow
