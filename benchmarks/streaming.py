@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
 from flep_fl.contracts.files import write_secret
@@ -92,7 +93,9 @@ def prepare(folder: Path, weights: int, profile: str, sites: int) -> None:
     vector = np.random.default_rng(0).normal(0.0, 0.05, vector_length(weights, checked=True))
     (folder / "payload").write_bytes(CkksModelCipher(key, chosen).encrypt(vector))
     (folder / "context").write_bytes(key.public_context())
-    names = [f"site-{number:03d}" for number in range(sites)]
+    # Names of different lengths shift the ciphertext in its envelope: no two sites have a chunk in common,
+    # which the SuperLink would keep once.
+    names = [f"site-{number:03d}{'x' * (number % 24)}" for number in range(sites)]
     secrets = {name: Ed25519PrivateKey.generate().private_bytes_raw().hex() for name in ["cloud", *names]}
     document = {"weights": weights, "key_id": key.key_id, "profile": profile, "keys": secrets}
     write_secret(folder / "prepared.json", json.dumps(document).encode())
@@ -228,7 +231,33 @@ def simulate(prepared: Prepared, rounds: int) -> dict[str, float]:
     }
 
 
-def serve(prepared: Prepared, rounds: int, address: str, home: Path, database: str) -> dict[str, float]:
+def held_app(strategy: EncryptedFedAvg, seconds: float) -> ServerApp:
+    """Return a ServerApp that looks for replies ``seconds`` after it has asked: they all wait by then."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Any, context: Context) -> None:
+        push, pull, until = grid.push_messages, grid.pull_messages, [0.0]
+
+        def push_messages(messages: list[Message]) -> list[str]:
+            ids: list[str] = push(messages)
+            if messages and messages[0].metadata.message_type == MessageType.TRAIN:
+                until[0] = time.monotonic() + seconds
+            return ids
+
+        def pull_messages(ids: list[str]) -> Any:
+            time.sleep(max(0.0, until[0] - time.monotonic()))
+            return pull(ids)
+
+        grid.push_messages, grid.pull_messages = push_messages, pull_messages
+        strategy.start(grid)
+
+    return app
+
+
+def serve(
+    prepared: Prepared, rounds: int, address: str, home: Path, database: str, hold: float
+) -> dict[str, float]:
     """Run the cloud over Flower's SuperLink; watch the child's memory and the database's size."""
     from flep_fl.flower.runtime.cloud import run_cloud
 
@@ -254,7 +283,7 @@ def serve(prepared: Prepared, rounds: int, address: str, home: Path, database: s
     started = time.perf_counter()
     with stop_on_signals() as stop:
         run_cloud(
-            cloud_app(strategy),
+            held_app(strategy, hold),
             address=address,
             home=home,
             run_config={},
@@ -309,7 +338,7 @@ def _measure(*arguments: object) -> dict[str, float]:
     return result
 
 
-def _over_superlink(folder: Path, sites: int, rounds: int, database: str) -> dict[str, float]:
+def _over_superlink(folder: Path, sites: int, rounds: int, database: str, hold: float) -> dict[str, float]:
     from flep_fl.flower.runtime.environment import bind
 
     with bind("127.0.0.1:0") as free:
@@ -326,7 +355,8 @@ def _over_superlink(folder: Path, sites: int, rounds: int, database: str) -> dic
                 )
             return _measure(
                 *("--folder", folder, "--role", "cloud", "--sites", sites, "--rounds", rounds),
-                *("--address", address, "--home", Path(homes) / "cloud", "--database", database),
+                *("--address", address, "--home", Path(homes) / "cloud"),
+                *("--database", database, "--hold", hold),
             )
         finally:
             for child in children:
@@ -341,6 +371,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sites", default="2,10,50", help="numbers of simulated sites")
     parser.add_argument("--superlink", default="2,4", help="numbers of sites over the SuperLink")
+    parser.add_argument(
+        "--hold",
+        type=float,
+        default=0.0,
+        help="seconds for which the cloud leaves all replies in the SuperLink",
+    )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=("simulate", "cloud", "site", "prepare"), help=argparse.SUPPRESS)
     for hidden in ("--name", "--address", "--database"):
@@ -371,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         for database in ("memory", "disk"):
             for count in linked:
-                found = _over_superlink(folder, count, options.rounds, database)
+                found = _over_superlink(folder, count, options.rounds, database, options.hold)
                 print(
                     f"| SuperLink, {database} | {count} | {found['cloud_mb']:.0f} "
                     f"| {found['superlink_mb']:.0f} | {found['disk_mb']:.0f} | {found['seconds']:.0f} |",
@@ -389,7 +425,9 @@ def _play(options: argparse.Namespace) -> int:
         result = simulate(load(options.folder, sites), options.rounds)
     elif options.role == "cloud":
         prepared = load(options.folder, sites)
-        result = serve(prepared, options.rounds, options.address, options.home, options.database)
+        result = serve(
+            prepared, options.rounds, options.address, options.home, options.database, options.hold
+        )
     else:
         take_part(load(options.folder, sites), options.name, options.address, options.home)
     print(json.dumps(result))
