@@ -23,16 +23,14 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
 from flep_fl.contracts.files import write_secret
 from flep_fl.contracts.protocol import (
-    CLOSE,
     FLEP_RECORD,
-    HELLO,
     OK,
     PAYLOAD_RECORD,
     PAYLOAD_STYPE,
@@ -152,7 +150,7 @@ def make_site(prepared: Prepared, name: str) -> tuple[ClientApp, threading.Event
     profile = get_profile(prepared.profile)
 
     def opened(message: Message) -> Instruction:
-        blob = message.content.config_records[FLEP_RECORD]["instruction"]
+        blob = message.content[FLEP_RECORD]["instruction"]
         return Instruction.from_fields(open_control(bytes(blob), prepared.cloud_key.public_key()))  # type: ignore[arg-type]
 
     def answer(message: Message, fields: dict[str, Any], blob: bytes | None = None) -> Message:
@@ -162,24 +160,12 @@ def make_site(prepared: Prepared, name: str) -> tuple[ClientApp, threading.Event
             content[PAYLOAD_RECORD] = ArrayRecord({"sealed": array})
         return Message(content, reply_to=message)
 
-    @app.query(HELLO.partition(".")[2])
-    def hello(message: Message, context: Context) -> Message:
-        asked = opened(message)
-        introduction = {
-            "run": asked.run,
-            "site": name,
-            "challenge": asked.challenge,
-            "layout": layout.to_json(),
-            "accepted": "",
-            "accepted_round": 0,
-            "signed_round": 0,
-            "holds": "",
-        }
-        return answer(message, {"site": name, "identity": seal_control(introduction, key)})
+    def introduce(asked: Instruction) -> bytes:
+        return seal_control(
+            {"run": asked.run, "site": name, "challenge": asked.challenge, "layout": layout.to_json()}, key
+        )
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        asked = opened(message)
+    def update(asked: Instruction) -> bytes:
         header = UpdateHeader(
             federation=FEDERATION,
             run=asked.run,
@@ -194,10 +180,15 @@ def make_site(prepared: Prepared, name: str) -> tuple[ClientApp, threading.Event
             config=CONFIG,
             mode="ckks",
         )
-        return answer(message, {}, seal_update(header, prepared.payload, key))
+        return seal_update(header, prepared.payload, key)
 
-    @app.query(CLOSE.partition(".")[2])
-    def close(message: Message, context: Context) -> Message:
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        asked = opened(message)
+        if asked.kind == "hello":
+            return answer(message, {"site": name, "identity": introduce(asked)})
+        if asked.kind == "round":
+            return answer(message, {}, update(asked))
         closed.set()
         return answer(message, {})
 
@@ -241,7 +232,7 @@ def held_app(strategy: EncryptedFedAvg, seconds: float) -> ServerApp:
 
         def push_messages(messages: list[Message]) -> list[str]:
             ids: list[str] = push(messages)
-            if messages and messages[0].metadata.message_type == MessageType.TRAIN:
+            if messages and messages[0].metadata.group_id != "0":  # no handshake
                 until[0] = time.monotonic() + seconds
             return ids
 
