@@ -69,7 +69,7 @@ def previous(kits: Path) -> list[str]:
     return sorted(path.parent.name for path in kits.glob("*/previous-*.wrapped"))
 
 
-@pytest.mark.parametrize("optimizer", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("fedavg", marks=pytest.mark.slow), "fedadam"])
 def test_the_model_is_carried_over_and_reaches_a_new_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
@@ -110,6 +110,7 @@ def test_old_keys_stay_until_a_sum_is_accepted(tmp_path: Path, monkeypatch: pyte
     assert previous(tmp_path / "kits") == []
 
 
+@pytest.mark.slow
 def test_the_cloud_learns_no_digest_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What names the first model is keyed: a cloud cannot test guesses of the model against it."""
     first = make_federation(tmp_path, "federation.rounds=1", "federation.min_contributors=2")
