@@ -8,7 +8,6 @@ There is nothing in either file that the cloud has not sent or received in the o
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from flep_fl.contracts.errors import (
     SignatureError,
     UpdateError,
 )
-from flep_fl.contracts.files import read_bytes, remove_unfinished, write_secret
+from flep_fl.contracts.files import lock_exclusively, read_bytes, remove_unfinished, write_secret
 from flep_fl.contracts.records import RoundRecord, SiteFailure
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.seal import (
@@ -118,11 +117,9 @@ class CheckpointFolder:
     def __init__(self, folder: Path, signing_key: Ed25519PrivateKey) -> None:
         self._folder, self._key = folder, signing_key
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_exclusively(folder / "lock")
         except OSError as exc:
-            os.close(self._lock)
             raise CheckpointError(
                 f"Another server uses the run in {folder}", remedy="End that server first"
             ) from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -80,3 +81,20 @@ def read_bytes(path: Path, *, what: str, error: type[FlepError]) -> bytes:
             f"{what} cannot be read: {path} ({exc.strerror})",
             remedy="Check the path and its permissions",
         ) from exc
+
+
+def lock_exclusively(path: Path) -> int:
+    """Open ``path`` (0600, made when missing) and lock it for as long as the returned descriptor is open.
+
+    Raises
+    ------
+    OSError
+        When another process holds the lock, or the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

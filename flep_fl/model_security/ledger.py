@@ -11,14 +11,13 @@ leaves a file that is one step ahead, and the next process takes that step (:met
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flep_fl.contracts.errors import KitError, StaleUpdateError
-from flep_fl.contracts.files import read_bytes, remove_unfinished, write_secret
+from flep_fl.contracts.files import lock_exclusively, read_bytes, remove_unfinished, write_secret
 from flep_fl.model_security.seal import parse_header, signed_header, sum_digest, sum_position
 
 SUM_FILE = "sum.bin"
@@ -65,11 +64,9 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_exclusively(folder / "lock")
         except OSError as exc:
-            os.close(self._lock)
             raise KitError(
                 f"Another process uses the kit with {folder}", remedy="Run one `python -m clients` per kit"
             ) from exc
