@@ -66,17 +66,21 @@ def run_with(federation: Federation, cheat: Callable[[Adder, int, bytes], None])
     federation.run()  # the first sum is there, so the run ends; that the sites refused it is what we look at
 
 
-@pytest.mark.parametrize("cheat", [drop_second, double_second, first_in_place_of_second])
 @pytest.mark.parametrize(
-    ("profile", "encryption"),
-    [("default", "symmetric"), ("compact", "symmetric"), ("compact", "public"), ("classic", "symmetric")],
+    ("cheat", "variant"),
+    [
+        (drop_second, ["ckks.profile=default"]),
+        (double_second, ["ckks.profile=compact", "ckks.encryption=public"]),
+        (first_in_place_of_second, ["ckks.profile=classic"]),
+        (drop_second, ["cloud=mixed", "cloud.trusting=[b]"]),
+        (double_second, ["cloud=trusted"]),
+    ],
 )
 def test_a_wrong_sum_is_caught_by_every_analyst(
-    tmp_path: Path, profile: str, encryption: str, cheat: Callable[[Adder, int, bytes], None]
+    tmp_path: Path, cheat: Callable[[Adder, int, bytes], None], variant: list[str]
 ) -> None:
-    federation = make_federation(
-        tmp_path, "federation.rounds=2", f"ckks.profile={profile}", f"ckks.encryption={encryption}"
-    )
+    """The whole federation; every other variant and cheat: ``test_cheating_in_each_variant.py``."""
+    federation = make_federation(tmp_path, "federation.rounds=2", *variant)
     before = {name: dict(site.session.model) for name, site in federation.sites.items()}
     run_with(federation, cheat)
     for name, site in federation.sites.items():

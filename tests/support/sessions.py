@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,34 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from flep_fl.ai_cloud.strategy import EncryptedFedAvg, Terms
+from flep_fl.contracts.ports import Adder, ModelCipher
 from flep_fl.flower.local_grid import LocalGrid
 from flep_fl.flower.runtime.traffic import message_bytes
 from flep_fl.model_security.adder import KeylessAdder
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import CheckKey, ModelKey
+from flep_fl.model_security.mixed import MixedAdder, TrustingModelCipher
 from flep_fl.model_security.mod import ckks_mod
-from flep_fl.model_security.profiles import get_profile, vector_length
+from flep_fl.model_security.profiles import Profile, get_profile, vector_length
 from flep_fl.model_security.session import AnalystSession, Membership
 
+
+@cache
+def model_key(name: str) -> ModelKey:
+    """Return the model key of a profile, made once for all tests of a process."""
+    return ModelKey.generate(get_profile(name))
+
+
+@cache
+def cipher_of(profile: Profile) -> CkksModelCipher:
+    """Return the analysts' cipher of a profile."""
+    return CkksModelCipher(model_key(profile.name), profile)
+
+
 PROFILE = get_profile("default")
-MODEL_KEY = ModelKey.generate(PROFILE)
+MODEL_KEY = model_key("default")
 CHECK_KEY = CheckKey.generate()
-CIPHER = CkksModelCipher(MODEL_KEY, PROFILE)
+CIPHER = cipher_of(PROFILE)
 CONFIG = "c" * 64
 FEDERATION = "fe" * 16
 
@@ -54,6 +70,7 @@ class Analyst:
     state: Path
     train: Train = step
     size: int = 50
+    cipher: ModelCipher = CIPHER
     session: AnalystSession | None = None
     trained: list[int] = field(default_factory=list)
     models: list[NDArray[Any]] = field(default_factory=list)
@@ -64,7 +81,7 @@ class Analyst:
         if self.session is None:
             first = {"w": np.linspace(-1, 1, self.size, dtype=np.float32)}
             self.session = AnalystSession(
-                self.membership, self.signing_key, CIPHER, CHECK_KEY, lambda: first, self.state
+                self.membership, self.signing_key, self.cipher, CHECK_KEY, lambda: first, self.state
             )
         return self.session
 
@@ -118,17 +135,17 @@ class Sessions:
     terms: Terms
     cloud_key: Ed25519PrivateKey
     grid: LocalGrid
+    profile: Profile = PROFILE
 
     def strategy(self, **options: Any) -> EncryptedFedAvg:
         """Make a cloud."""
-        context = MODEL_KEY.public_context()
-        return EncryptedFedAvg(
-            self.terms,
-            self.cloud_key,
-            lambda size: KeylessAdder(context, PROFILE, vector_length(size, checked=True)),
-            message_bytes=message_bytes,
-            **options,
-        )
+        return EncryptedFedAvg(self.terms, self.cloud_key, self.adder, message_bytes=message_bytes, **options)
+
+    def adder(self, size: int) -> Adder:
+        """Make what the cloud adds the updates of ``size`` weights with."""
+        make = MixedAdder if self.terms.mode == "mixed" else KeylessAdder
+        context = model_key(self.profile.name).public_context()
+        return make(context, self.profile, vector_length(size, checked=True))
 
     def node(self, name: str) -> int:
         """Return the node of a site."""
@@ -162,22 +179,32 @@ def make_sessions(
     timeout: float = 5.0,
     new_process_for_every_message: bool = False,
     grid: type[LocalGrid] = LocalGrid,
+    profile: Profile = PROFILE,
+    trusting: str = "",
 ) -> Sessions:
-    """Make a federation of sites ``a``, ``b``, ... with state folders below ``folder``."""
+    """Make a federation of sites ``a``, ``b``, ... with state folders below ``folder``.
+
+    Sites in ``trusting`` send their weights in the clear; the federation is a mixed one where there are any.
+    """
+    mode, key, encrypting = "mixed" if trusting else "ckks", model_key(profile.name), cipher_of(profile)
     signing = {name: Ed25519PrivateKey.generate() for name in names}
     public = {name: key.public_key() for name, key in signing.items()}
     cloud = Ed25519PrivateKey.generate()
     membership = Membership(
-        site="", federation=FEDERATION, config=CONFIG, shared={}, mode="ckks", profile=PROFILE, bound=64.0,
-        max_examples=16384, rounds=rounds, min_contributors=min(quorum, 3), site_keys=public,
+        site="", federation=FEDERATION, config=CONFIG, shared={}, mode=mode, profile=profile,
+        bound=profile.default_bound, max_examples=profile.default_max_examples, rounds=rounds,
+        min_contributors=min(quorum, 3), site_keys=public,
         cloud_key=cloud.public_key(),
     )  # fmt: skip
     analysts = {
-        name: Analyst(replace(membership, site=name), signing[name], folder / name, train, size)
+        name: Analyst(
+            replace(membership, site=name), signing[name], folder / name, train, size,
+            cipher=TrustingModelCipher(encrypting, profile) if name in trusting else encrypting,
+        )
         for name in names
-    }
+    }  # fmt: skip
     terms = Terms(
-        federation=FEDERATION, key_id=MODEL_KEY.key_id, profile=PROFILE.digest, mode="ckks", shared={},
+        federation=FEDERATION, key_id=key.key_id, profile=profile.digest, mode=mode, shared={},
         digest=CONFIG, site_keys=public, rounds=rounds, participants=len(names), quorum=quorum,
         round_timeout=timeout,
     )  # fmt: skip
@@ -185,4 +212,4 @@ def make_sessions(
         node: analysts[name].app(new_process_for_every_message=new_process_for_every_message)
         for node, name in enumerate(names, start=2)
     }
-    return Sessions(analysts, terms, cloud, grid(apps))
+    return Sessions(analysts, terms, cloud, grid(apps), profile)
