@@ -540,10 +540,22 @@ class EnrolmentError(FlepError):
     code = "enrolment"
 
 
+class RegistryFullError(EnrolmentError):
+    """The registry of devices cannot grow: its disk is full or refuses to be written; nothing was changed."""
+
+    code = "disk_full"
+
+
 class AuditError(FlepError):
     """The audit log, or the heads that sign it, do not fit together."""
 
     code = "audit"
+
+
+class AuditDiskFullError(AuditError):
+    """The audit log cannot grow: its disk is full or refuses to be written; nothing was taken or given."""
+
+    code = "disk_full"
 
 
 class NetworkRuleError(ConfigError):

@@ -13,11 +13,15 @@ What is on disk when
     covers, so no head ever speaks of a line that a power failure could take.
 
 Several processes may append to one log (the gateway, and commands beside it): each append holds the file's
-lock and first reads what others added. Nothing in here is secret; callers never pass pixels, labels or keys.
+lock and first reads what others added. Who holds the lock and finds half a line at the end knows that its
+writer is dead, moves it to ``audit.torn``, and says so in the log. Lines are ordered by their numbers; a
+clock that jumps changes their times and nothing else. Nothing in here is secret; callers never pass pixels,
+labels or keys.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,7 +30,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,8 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from flep_fl.contracts.errors import AuditError
+from flep_fl.contracts.errors import AuditDiskFullError, AuditError
+from flep_fl.contracts.files import sync_folder
 
 LOG_NAME = "audit.jsonl"
 HEADS_NAME = "audit.heads"
@@ -42,6 +47,7 @@ MAX_LINE_BYTES = 8192
 
 _HEAD_LABEL = b"flep audit head, version 1\0"
 _BLOCK = 1 << 16
+_NEWEST_HEADS_BYTES = 1 << 16
 _RESERVED = frozenset(("n", "time", "event", "prev"))
 
 
@@ -204,8 +210,10 @@ class AuditLog:
 
         Raises
         ------
+        AuditDiskFullError
+            The line did not get onto the disk; it can be appended again once there is room.
         AuditError
-            The line would be too long, a field has a reserved name, or the disk refused.
+            The line would be too long, a field has a reserved name, or the log is broken.
         """
         self.append_all([(event, fields)], durable=durable)
 
@@ -242,7 +250,7 @@ class AuditLog:
                 self._dirty = False
                 descriptor = os.dup(self._fd)
             try:
-                os.fsync(descriptor)  # covers what was written before; appends go on
+                _fsync(descriptor, self._path)  # covers what was written before; appends go on
             finally:
                 os.close(descriptor)
             self._synced_at = time.monotonic()
@@ -277,19 +285,9 @@ class AuditLog:
                     remedy="Lines were removed. Keep both files as evidence and start a new folder",
                 )
             self._log = secrets.token_hex(16)
-            line = _line(
-                {
-                    "n": 1,
-                    "time": time.time_ns() // 1000,
-                    "event": "log.opened",
-                    "prev": "",
-                    "log": self._log,
-                    "key": _hex(self._key.public_key()),
-                }
-            )
-            self._write(line + b"\n")
-            self._entries, self._hash = 1, _sha256(line)
+            self._write_line("log.opened", log=self._log, key=_hex(self._key.public_key()))
             self._sign_head()
+            sync_folder(self._folder)
             return
         first = _parse(os.pread(self._fd, MAX_LINE_BYTES, 0).partition(b"\n")[0])
         if first is None or first.get("event") != "log.opened":
@@ -301,20 +299,19 @@ class AuditLog:
                 remedy="Use the key that it was begun with, or start a new folder",
             )
         self._start_from_last_head(size)
+        self._tell_of_torn_line()
+
+    def _write_line(self, event: str, **fields: Any) -> None:
+        """Append a line about the log itself; the lock is held and everything before it was read."""
+        entry = {"n": self._entries + 1, "time": time.time_ns() // 1000, "event": event, "prev": self._hash}
+        line = _line({**entry, **fields})
+        self._write(line + b"\n")
+        self._entries, self._hash = self._entries + 1, _sha256(line)
+
+    def _tell_of_torn_line(self) -> None:
         if self._torn:
-            moved = self._torn
+            self._write_line("log.recovered", torn_bytes=self._torn)
             self._torn = 0
-            line = _line(
-                {
-                    "n": self._entries + 1,
-                    "time": time.time_ns() // 1000,
-                    "event": "log.recovered",
-                    "prev": self._hash,
-                    "torn_bytes": moved,
-                }
-            )
-            self._write(line + b"\n")
-            self._entries, self._hash = self._entries + 1, _sha256(line)
             self._sign_head()
 
     def _recover_torn_line(self) -> None:
@@ -334,19 +331,21 @@ class AuditLog:
         torn = os.pread(self._fd, size - whole, whole)
         descriptor = os.open(self._folder / "audit.torn", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, torn + b"\n")
-            os.fsync(descriptor)
+            _write_whole(descriptor, torn + b"\n", self._folder / "audit.torn")
+            _fsync(descriptor, self._folder / "audit.torn")
         finally:
             os.close(descriptor)
         os.ftruncate(self._fd, whole)
-        os.fsync(self._fd)
-        self._torn = len(torn)
+        _fsync(self._fd, self._path)
+        self._torn += len(torn)
 
     def _start_from_last_head(self, size: int) -> None:
-        heads = _read_heads(self._folder / HEADS_NAME, self._key.public_key())
+        newest = _NEWEST_HEADS_BYTES
+        heads = _read_heads(self._folder / HEADS_NAME, self._key.public_key(), last_bytes=newest)
         # The very first head may be missing: a crash between the first line and it.
         if heads:
-            head = heads[-1]
+            # Two processes may have signed at once, and the one with fewer lines have come last.
+            head = max(heads, key=lambda one: one.entries)
             if head.log != self._log or head.size > size:
                 raise AuditError(
                     f"the audit log was cut off or replaced: {self._path}",
@@ -374,6 +373,10 @@ class AuditLog:
             return
         if size < self._size:
             raise AuditError(f"the audit log became shorter while it was in use: {self._path}")
+        if os.pread(self._fd, 1, size - 1) != b"\n":
+            # Another process was killed in the middle of a line: it cannot be writing, the lock is here.
+            self._recover_torn_line()
+            size = os.fstat(self._fd).st_size
         for line in _lines(self._fd, self._size, size):
             fields = _parse(line)
             if fields is None or fields.get("prev") != self._hash or fields.get("n") != self._entries + 1:
@@ -383,19 +386,16 @@ class AuditLog:
                 )
             self._entries += 1
             self._hash = _sha256(line)
-        self._size = size
+            self._size += len(line) + 1
+        self._tell_of_torn_line()
 
     def _write(self, data: bytes) -> None:
         try:
-            written = os.write(self._fd, data)
-            if written != len(data):
-                raise OSError(28, "no space left on device")
-        except OSError as exc:
-            os.ftruncate(self._fd, self._size)  # never leave half a line
-            raise AuditError(
-                f"the audit log cannot be written: {self._path} ({exc.strerror})",
-                remedy="Make space; nothing is taken or given without its line in the log",
-            ) from exc
+            _write_whole(self._fd, data, self._path)
+        except AuditDiskFullError:
+            with suppress(OSError):  # else half a line stays, and whoever writes next moves it away
+                os.ftruncate(self._fd, self._size)
+            raise
         self._size += len(data)
         self._dirty = True
 
@@ -418,7 +418,7 @@ class AuditLog:
             self._sync()
 
     def _sync(self) -> None:
-        os.fsync(self._fd)
+        _fsync(self._fd, self._path)
         self._dirty = False
         self._synced_at = time.monotonic()
 
@@ -435,12 +435,9 @@ class AuditLog:
             size = os.fstat(descriptor).st_size
             # A crash may have torn the last head; its line is ended here so that this one stands alone.
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, (b"\n" if torn else b"") + head.to_bytes() + b"\n")
-            os.fsync(descriptor)
-        except OSError as exc:
-            raise AuditError(
-                f"the audit log's heads cannot be written: {self._folder} ({exc.strerror})"
-            ) from exc
+            path = self._folder / HEADS_NAME
+            _write_whole(descriptor, (b"\n" if torn else b"") + head.to_bytes() + b"\n", path)
+            _fsync(descriptor, path)
         finally:
             os.close(descriptor)
         self._headed, self._headed_at = place[0], time.monotonic()
@@ -590,10 +587,17 @@ def _displaced(count: int, number: object, expected: int) -> str:
     return f"line {count} bears the number {number} where {expected} was due: inserted or moved"
 
 
-def _read_heads(path: Path, key: Ed25519PublicKey) -> list[AuditHead]:
+def _read_heads(path: Path, key: Ed25519PublicKey, *, last_bytes: int | None = None) -> list[AuditHead]:
+    """Read heads, or those in the last bytes of the file: to go on with a log, the newest are enough."""
     if not path.exists():
         return []
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - last_bytes) if last_bytes is not None else 0
+        file.seek(start)
+        data = file.read()
+    if start:
+        data = data.partition(b"\n")[2]
     whole, _, torn = data.rpartition(b"\n")
     lines = [line for line in whole.split(b"\n") if line]
     heads = []
@@ -618,6 +622,28 @@ def _lines(descriptor: int, start: int, end: int) -> Iterator[bytes]:
             raise AuditError("the audit log has a line that is too long")
     if rest:
         yield rest
+
+
+def _write_whole(descriptor: int, data: bytes, path: Path) -> None:
+    try:
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as exc:
+        raise AuditDiskFullError(
+            f"the audit log cannot be written: {path} ({exc.strerror})",
+            remedy="Make space; nothing is taken or given without its line in the log",
+        ) from exc
+
+
+def _fsync(descriptor: int, path: Path) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        # What the kernel could not write it may have thrown away: a second try would prove nothing.
+        raise AuditError(
+            f"the audit log did not reach the disk: {path} ({exc.strerror})",
+            remedy="Check the disk, verify the log with action=audit, and start again",
+        ) from exc
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ import io
 import math
 import struct
 import sys
-import warnings
 from typing import Any
 
 import numpy as np
@@ -89,15 +88,15 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8] | NDArray[np.
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow's decompression-bomb warning is an error here
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                if getattr(image, "n_frames", 1) != 1:
-                    raise ImageFormatError("the PNG is animated", remedy=_REMEDY)
-                # A second header would take the place of the one that was checked.
-                if image.size != size or image.mode not in _PNG_MODES[depth, colour]:
-                    raise ImageFormatError("the PNG has two headers", remedy=_REMEDY)
-                pixels = np.asarray(image)
+        # No warnings filter: it is the process's, and captures are decoded in several threads at once. What
+        # Pillow only warns of, a size beyond its own limit, the comparison of sizes refuses.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if getattr(image, "n_frames", 1) != 1:
+                raise ImageFormatError("the PNG is animated", remedy=_REMEDY)
+            # A second header would take the place of the one that was checked.
+            if image.size != size or image.mode not in _PNG_MODES[depth, colour]:
+                raise ImageFormatError("the PNG has two headers", remedy=_REMEDY)
+            pixels = np.asarray(image)
     except ImageFormatError:
         raise
     except Exception as exc:

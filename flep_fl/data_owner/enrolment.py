@@ -12,11 +12,13 @@ device count is signatures, not the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,8 @@ from typing import Any, Literal
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from flep_fl.contracts.errors import EnrolmentError
+from flep_fl.contracts.errors import EnrolmentError, RegistryFullError
+from flep_fl.contracts.files import sync_folder
 from flep_fl.data_owner.devices import is_name
 
 Action = Literal["enrol", "suspend"]
@@ -242,6 +245,8 @@ class DeviceRegistry:
         EnrolmentError
             Unknown administrator, wrong signature, expired, issued in the future, for another generation, or
             for another key while one is enrolled, or a key that another device has.
+        RegistryFullError
+            It did not get onto the disk, and does not count.
         """
         moment = time.time() if now is None else now
         self._check_signature(approval)
@@ -366,12 +371,23 @@ class DeviceRegistry:
 
     def _append(self, approval: Approval) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self._path.exists()
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        size = os.fstat(descriptor).st_size
         try:
             line = approval.to_bytes() + b"\n"
             if os.write(descriptor, line) != len(line):
-                raise EnrolmentError(f"the registry of devices cannot be written: {self._path}")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
+            if new:
+                sync_folder(self._path.parent)
+        except OSError as exc:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)  # half a line would spoil the next one
+            raise RegistryFullError(
+                f"the registry of devices cannot be written: {self._path} ({exc.strerror})",
+                remedy="Make space and send the statement again",
+            ) from exc
         finally:
             os.close(descriptor)
 

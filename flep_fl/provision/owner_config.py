@@ -50,12 +50,14 @@ class ListenerConfig:
     address: str = MISSING
     body_bytes: int = 16 << 20
     in_flight: int = 64
+    in_flight_per_caller: int = 8
     connections: int = 512
     connections_per_peer: int = 128
+    connection_rate: float = 50.0
     rate: float = 100.0
     burst: int = 200
-    peer_rate: float = 5000.0
-    peer_burst: int = 10000
+    peer_rate: float = 100.0
+    peer_burst: int = 500
     header_seconds: float = 10.0
     body_seconds: float = 30.0
     idle_seconds: float = 30.0

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from fastapi import FastAPI, Request, Response
 
-from flep_fl.contracts.errors import EnrolmentError
+from flep_fl.contracts.errors import EnrolmentError, RegistryFullError
 from flep_fl.contracts.owner_store import ImageStore
 from flep_fl.data_owner.enrolment import Approval, Device, DeviceRegistry
 from flep_fl.data_owner.gateway.callers import Callers
@@ -66,7 +66,7 @@ class Admin:
 
     async def status(self, exchange: Exchange) -> Reply:
         """Say how the gateway does."""
-        await self._administrator(exchange)
+        self._administrator(exchange)
         datasets = await asyncio.to_thread(self._store.datasets)
         waiting, most = self._store.queue_depth()
         return _json(
@@ -84,13 +84,13 @@ class Admin:
 
     async def devices(self, exchange: Exchange) -> Reply:
         """List the devices."""
-        await self._administrator(exchange)
+        self._administrator(exchange)
         now = self._clock()
         return _json({"devices": [_shown(self._registry.device(n, now=now)) for n in self._registry.names()]})
 
     async def head(self, exchange: Exchange) -> Reply:
         """Sign a head of the audit log."""
-        await self._administrator(exchange)
+        self._administrator(exchange)
         head = await asyncio.to_thread(self._listener.audit.head)
         return Reply(200, head.to_bytes())
 
@@ -105,6 +105,8 @@ class Admin:
             raise Refusal(400, exc.code, str(exc)) from exc
         try:
             device, new = self._registry.apply(approval, now=self._clock())
+        except RegistryFullError:
+            raise
         except EnrolmentError as exc:
             raise Refusal(409, exc.code, str(exc)) from exc
         if new:
@@ -116,14 +118,14 @@ class Admin:
             )
         return _json(_shown(device))
 
-    async def _administrator(self, exchange: Exchange) -> None:
-        body = await exchange.body()
-        key, nonce = self._callers.signer(exchange, body)
-        name = self._administrators.get(key)
+    def _administrator(self, exchange: Exchange) -> None:
+        exchange.check_bodiless()
+        signed = self._callers.signer(exchange)
+        name = self._administrators.get(signed.key)
         if name is None:
-            raise unauthorised(f"{key.hex()} is no administrator's key")
+            raise unauthorised(f"{signed.key.hex()} is no administrator's key")
         exchange.who = name
-        self._callers.spend(key, nonce, charge=lambda: self._listener.identities.take(name))
+        self._callers.spend(exchange, signed, name)
 
 
 def admin_app(admin: Admin, listener: Listener) -> Guard:

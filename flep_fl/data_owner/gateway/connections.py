@@ -2,13 +2,16 @@
 
 uvicorn bounds how long a connection may idle after an answer, and little else. Here a peer is looked up in
 the network rules and counted *before* TLS begins, a handshake and a request's head have deadlines (slow
-loris), a head has a length, requests are not pipelined, and a client that stops reading is dropped.
+loris), a head has a length however it arrives, requests are not pipelined, and a client that stops reading,
+or reads too slowly, is dropped: no connection outlives its deadline, whatever its peer does or leaves undone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
+import logging
 import socket
 import ssl
 from collections import Counter
@@ -20,11 +23,19 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import Server
 
-from flep_fl.data_owner.gateway.limits import Limits
+from flep_fl.contracts.owner_api import error_body
+from flep_fl.data_owner.gateway.limits import SLOWEST_READER, Limits, TokenBuckets, peer_key
+from flep_fl.data_owner.gateway.refusals import Refusal
 
 MAX_HEAD_BYTES = 16384
+HEADER_OVERHEAD = 32
+"""What a header counts beyond its bytes, as in HTTP/2: many small ones cost memory, too."""
 SHUTDOWN_SECONDS = 10
 _ACCEPT_PAUSE = 0.05
+
+# uvicorn warns of every request that is not HTTP; strangers must not be able to fill the operator's terminal.
+_logger = logging.getLogger("uvicorn.error.connections")
+_logger.setLevel(logging.ERROR)
 
 
 class Doorkeeper:
@@ -37,14 +48,15 @@ class Doorkeeper:
     limits
         The listener's limits.
     on_refused
-        Told the address and the reason of every refused connection.
+        Told the address and the reason of every connection that was refused, or ended for its head.
     """
 
     def __init__(
         self, allows: Callable[[str], bool], limits: Limits, on_refused: Callable[[str, str], None]
     ) -> None:
         self.limits = limits
-        self._allows, self._on_refused = allows, on_refused
+        self._allows, self.on_refused = allows, on_refused
+        self._new = TokenBuckets(limits.connection_rate, 2 * limits.connections_per_peer)
         self._peers: Counter[str] = Counter()
         self._total = 0
 
@@ -60,21 +72,31 @@ class Doorkeeper:
             reason = "network_rules"
         elif self._total >= self.limits.connections:
             reason = "too_many_connections"
-        elif self._peers[address] >= self.limits.connections_per_peer:
+        elif self._peers[peer_key(address)] >= self.limits.connections_per_peer:
             reason = "too_many_connections_of_a_peer"
+        elif not self._may_begin(address):
+            reason = "too_many_new_connections"
         if reason is not None:
-            self._on_refused(address, reason)
+            self.on_refused(address, reason)
             return False
         self._total += 1
-        self._peers[address] += 1
+        self._peers[peer_key(address)] += 1
         return True
 
     def leave(self, address: str) -> None:
         """Count a connection out."""
+        peer = peer_key(address)
         self._total -= 1
-        self._peers[address] -= 1
-        if not self._peers[address]:
-            del self._peers[address]
+        self._peers[peer] -= 1
+        if not self._peers[peer]:
+            del self._peers[peer]
+
+    def _may_begin(self, address: str) -> bool:
+        try:
+            self._new.take(peer_key(address))
+        except Refusal:
+            return False
+        return True
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -86,22 +108,31 @@ class GuardedProtocol(HttpToolsProtocol):
     """Whether TLS has begun and HTTP may: from then on the connection counts itself out."""
     _head_deadline: asyncio.TimerHandle | None = None
     _write_deadline: asyncio.TimerHandle | None = None
-    _head_bytes = 0
+    _end_deadline: asyncio.TimerHandle | None = None
+    _paused_at = 0.0
+    _patience: float | None = None
+    """Seconds for which the answer under way may still wait for its reader; None before it has waited."""
+    _head_bytes = _counted_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; the first request's head is due."""
         self.connected = True
+        self.logger = _logger
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count the connection out."""
-        self._stop(self._head_deadline, self._write_deadline)
+        self._stop(self._head_deadline, self._write_deadline, self._end_deadline)
         self.keeper.leave(self.address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse; a head that is too long ends the connection (llhttp itself does not bound it)."""
+        """Parse; a head that is too long ends the connection (llhttp itself does not bound it).
+
+        Bytes of an unfinished head are counted as they come, so that none is gathered for ever. A head that
+        comes whole in one read is counted piece by piece as the parser hands it over.
+        """
         if self.transport.is_closing():
             return
         if self._head_deadline is None and (self.cycle is None or self.cycle.response_complete):
@@ -110,14 +141,25 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
         super().data_received(data)
         if self._head_deadline is not None and self._head_bytes > MAX_HEAD_BYTES:
-            self.transport.abort()
+            self._refuse_head()
 
     def on_message_begin(self) -> None:
         """Refuse a request that comes before the answer to the last one: nothing queues up here."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.abort()
             raise httptools.HttpParserError("requests are not pipelined")
+        self._counted_bytes = 0
         super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Count the target."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header."""
+        self._count_head(len(name) + len(value) + HEADER_OVERHEAD)
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Hand the request over; from here on the application's own deadlines count."""
@@ -126,21 +168,75 @@ class GuardedProtocol(HttpToolsProtocol):
             self._head_deadline = None
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the end of the connection."""
+        super().on_response_complete()
+        self._patience = None
+        if self.transport.is_closing():
+            self._end_soon()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End an idle connection, even if its peer never read the last answer."""
+        super().timeout_keep_alive_handler()
+        self._end_soon()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in the form of all refusals here."""
+        self._answer_and_end(400, "framing", "the request is not HTTP/1.1 as it is taken here")
+
     def pause_writing(self) -> None:
-        """Wait for a slow reader, but not for ever."""
+        """Wait for a slow reader, but not for ever: all waits for one answer share one allowance."""
         super().pause_writing()
-        self._stop(self._write_deadline)
-        self._write_deadline = self.loop.call_later(self.keeper.limits.body_seconds, self._abort)
+        if self._write_deadline is not None:
+            return
+        if self._patience is None:
+            left = self.cycle.expected_content_length if self.cycle is not None else 0
+            self._patience = self.keeper.limits.body_seconds + left / SLOWEST_READER
+        self._paused_at = self.loop.time()
+        self._write_deadline = self.loop.call_later(max(0.0, self._patience), self._abort)
 
     def resume_writing(self) -> None:
         """Go on writing."""
         super().resume_writing()
-        self._stop(self._write_deadline)
+        if self._write_deadline is None:
+            return
+        self._write_deadline.cancel()
         self._write_deadline = None
+        if self._patience is not None:
+            self._patience -= self.loop.time() - self._paused_at
+
+    def _count_head(self, size: int) -> None:
+        self._counted_bytes += size
+        if self._counted_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+            raise httptools.HttpParserError("the head is too long")
+
+    def _refuse_head(self) -> None:
+        if not self.transport.is_closing():
+            self.keeper.on_refused(self.address, "head_too_long")
+        self._answer_and_end(431, "head", f"a request's head is {MAX_HEAD_BYTES} bytes at most")
+
+    def _answer_and_end(self, status: int, code: str, reason: str) -> None:
+        """Refuse a request that the application never sees."""
+        if self.transport.is_closing():
+            return
+        body = error_body(code, reason)
+        head = (
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\ncache-control: no-store\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        self.transport.close()
+        self._end_soon()
 
     def _expect_head(self) -> None:
         self._head_bytes = 0
         self._head_deadline = self.loop.call_later(self.keeper.limits.header_seconds, self._abort)
+
+    def _end_soon(self) -> None:
+        """Let what was written reach the peer, but not wait for him longer than that."""
+        if self._end_deadline is None:
+            self._end_deadline = self.loop.call_later(SHUTDOWN_SECONDS, self._abort)
 
     def _abort(self) -> None:
         if self.transport is not None:

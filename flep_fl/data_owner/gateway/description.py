@@ -30,6 +30,7 @@ _REASONS = {
     409: "the request contradicts what is on file",
     410: "the release has changed",
     411: "Content-Length is missing",
+    431: "the head is too long",
     413: "the body is too large",
     414: "the path is too long",
     422: "the image or its label is not of a kind that is taken",

@@ -1,8 +1,11 @@
 """What every request passes before and after its handler: limits, uniform refusals, the audit log.
 
-A plain ASGI middleware around each listener's FastAPI application. It takes a place (or answers 503), charges
-the peer's token bucket, refuses what has no stated length or a second framing (request smuggling), and leaves
-no connection open with an unread body on it.
+A plain ASGI middleware around each listener's FastAPI application. It charges the peer's token bucket,
+refuses what has no stated length or a second framing (request smuggling), takes a place (or answers 503), and
+leaves no connection open with an unread body on it.
+
+A place is held while the gateway works, and while it waits for a caller who has proved who he is. Nobody else
+holds one while he is waited for: not with a body that does not come, not with one that is thrown away.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flep_fl.contracts.errors import FlepError
+from flep_fl.contracts.errors import AuditDiskFullError, FlepError
 from flep_fl.data_owner.audit import AuditLog
-from flep_fl.data_owner.gateway.limits import Admission, Limits, TokenBuckets
+from flep_fl.data_owner.gateway.limits import Admission, Limits, Place, TokenBuckets, peer_key
 from flep_fl.data_owner.gateway.refusals import Refusal, refusal_of
 
 Scope = MutableMapping[str, Any]
@@ -33,7 +36,9 @@ _BODILESS = frozenset(("GET", "HEAD", "DELETE", "OPTIONS"))
 _DRAIN_SECONDS = 5.0
 _MAX_TARGET = 2048
 _AUDIT_RATE, _AUDIT_BURST = 5.0, 50
-_SHOWN_TARGET = 200
+_AUDIT_BURST_OF_ALL = 500
+_MOST_SUMS, _MOST_COUNTED = 16, 1000
+_SHOWN_TARGET, _SHOWN_DETAIL = 200, 500
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +67,18 @@ class Listener:
 
     def __init__(self, name: str, limits: Limits, audit: AuditLog) -> None:
         self.name, self.limits, self.audit = name, limits, audit
-        self.admission = Admission(limits.in_flight)
+        self.admission = Admission(limits.in_flight, limits.in_flight_per_caller)
         self.peers = TokenBuckets(limits.peer_rate, limits.peer_burst)
         self.identities = TokenBuckets(limits.rate, limits.burst)
         self._audited = TokenBuckets(_AUDIT_RATE, _AUDIT_BURST)
+        # Of all peers together: addresses cost nothing where one host has many of them.
+        self._audited_of_all = TokenBuckets(_AUDIT_RATE, _AUDIT_BURST_OF_ALL)
         self._sums: Counter[tuple[str, str]] = Counter()
 
     def refused(self, refusal: Refusal, *, peer: str, what: str) -> None:
         """Log a refusal; what comes in floods is summed up, so that nobody fills the disk with refusals."""
         if refusal.code in QUIET:
-            self._sums[refusal.code, ""] += 1
+            self._count(refusal.code, "")
             return
         self._note(
             "request.refused",
@@ -79,7 +86,7 @@ class Listener:
             refusal.code,
             status=refusal.status,
             what=what[:_SHOWN_TARGET],
-            detail=refusal.detail[:_MAX_TARGET],
+            detail=refusal.detail[:_SHOWN_DETAIL],
         )
 
     def connection_refused(self, peer: str, reason: str) -> None:
@@ -87,18 +94,37 @@ class Listener:
         self._note("connection.refused", peer, reason)
 
     def flush(self) -> None:
-        """Write the sums of what was not logged line by line."""
+        """Write the sums of what was not logged line by line; on a full disk they are kept for later.
+
+        Raises
+        ------
+        AuditError
+            The log is broken.
+        """
         sums, self._sums = self._sums, Counter()
-        for (code, peer), count in sums.items():
-            self.audit.append("refused.sum", listener=self.name, code=code, count=count, peer=peer)
+        lines = [
+            ("refused.sum", {"listener": self.name, "code": code, "count": count, "peer": peer})
+            for (code, peer), count in sums.most_common(_MOST_SUMS)
+        ]
+        if rest := sums.total() - sum(count for _, count in sums.most_common(_MOST_SUMS)):
+            lines.append(("refused.sum", {"listener": self.name, "code": "", "count": rest, "peer": ""}))
+        try:
+            self.audit.append_all(lines)
+        except AuditDiskFullError:
+            self._sums.update(sums)
 
     def _note(self, event: str, peer: str, code: str, **fields: Any) -> None:
         try:
-            self._audited.take(peer)
-        except Refusal:
-            self._sums[code, peer] += 1
-            return
-        self.audit.append(event, listener=self.name, peer=peer, code=code, **fields)
+            self._audited.take(peer_key(peer))
+            self._audited_of_all.take("")
+            self.audit.append(event, listener=self.name, peer=peer, code=code, **fields)
+        except (Refusal, AuditDiskFullError):
+            # A refusal gives and takes nothing: it may be told without its line, and counts later.
+            self._count(code, peer)
+
+    def _count(self, code: str, peer: str) -> None:
+        key = (code, peer)
+        self._sums[key if key in self._sums or len(self._sums) < _MOST_COUNTED else (code, "")] += 1
 
 
 class Guard:
@@ -127,14 +153,15 @@ class Guard:
         if scope["type"] != "http":
             return
         exchange = Exchange(scope, receive, self._listener)
-        if scope["path"] == HEALTH_PATH and scope["method"] == "GET":
-            # Answers even when every place is taken: busy is not ill.
-            await exchange.send(Reply(200, b'{"status":"ok"}'), send)
-            return
         try:
-            self._listener.peers.take(exchange.peer)
-            with self._listener.admission.place():
-                exchange.check_head()
+            self._listener.peers.take(peer_key(exchange.peer))
+            exchange.check_head()
+            if scope["path"] == HEALTH_PATH and scope["method"] == "GET":
+                # Answers even when every place is taken: busy is not ill.
+                await exchange.send(await exchange.run(_healthy), send)
+                return
+            exchange.enter()
+            try:
                 handler = self._hot.get((scope["method"], scope["path"]))
                 if handler is not None:
                     reply = await exchange.run(handler)
@@ -142,8 +169,14 @@ class Guard:
                 else:
                     scope["exchange"] = exchange
                     await self._app(scope, exchange.receive, send)
+            finally:
+                exchange.leave()
         except Refusal as refusal:
             await exchange.send(await exchange.refuse(refusal), send)
+
+
+async def _healthy(_exchange: Exchange) -> Reply:
+    return Reply(200, b'{"status":"ok"}')
 
 
 class Exchange:
@@ -154,10 +187,53 @@ class Exchange:
         client = scope.get("client")
         self.peer = str(client[0]) if client else ""
         self.who = ""
-        """The identity that the request has proved; empty before that."""
+        """Who signed the request; empty before that is known."""
         self.length = 0
         self._headers: dict[bytes, bytes] | None = None
         self._unread = False
+        self._place: Place | None = None
+        self._proved = False
+
+    def enter(self) -> None:
+        """Take a place.
+
+        Raises
+        ------
+        Refusal
+            503 where the caller or the listener has none left.
+        """
+        caller = f"caller {self.who}" if self._proved else f"peer {peer_key(self.peer)}"
+        self._place = self.listener.admission.enter(caller)
+
+    def leave(self) -> None:
+        """Give the place back, if there is one."""
+        if self._place is not None:
+            self._place.leave()
+            self._place = None
+
+    def proved(self, who: str) -> None:
+        """Count the request for an identity from here on, and no longer for its address.
+
+        Raises
+        ------
+        Refusal
+            503 where that identity has as many places as one may have.
+        """
+        self.who, self._proved = who, True
+        self.listener.peers.give_back(peer_key(self.peer))
+        if self._place is not None:
+            self._place.belongs_to(f"caller {who}")
+
+    def check_bodiless(self) -> None:
+        """Refuse a body where none is due, before a byte of it is read.
+
+        Raises
+        ------
+        Refusal
+            413, and the connection ends.
+        """
+        if self.length:
+            raise Refusal(413, "too_large", "the request takes no body", close=True)
 
     @property
     def target(self) -> str:
@@ -215,15 +291,23 @@ class Exchange:
         self._unread = self.length > 0
 
     async def body(self) -> bytes:
-        """Read the body, whole.
+        """Read the body, whole; who has not proved who he is holds no place meanwhile.
 
         Raises
         ------
         Refusal
-            408 when it does not arrive in time.
+            408 when it does not arrive in time; 503 when there is no place any more.
         """
         if not self._unread:
             return b""
+        if self._proved or self._place is None:
+            return await self._read()
+        self.leave()
+        body = await self._read()
+        self.enter()
+        return body
+
+    async def _read(self) -> bytes:
         try:
             async with asyncio.timeout(self.listener.limits.body_seconds):
                 message = await self.receive()
@@ -266,7 +350,8 @@ class Exchange:
         return reply
 
     async def refuse(self, refusal: Refusal) -> Reply:
-        """Log a refusal and make its answer; what is left of the body is thrown away first."""
+        """Log a refusal and make its answer; what is left of the body is thrown away first, in no place."""
+        self.leave()
         what = f"{self.scope['method']} {self.target}"
         self.listener.refused(refusal, peer=self.peer, what=f"{what} by {self.who}" if self.who else what)
         headers = refusal.headers()

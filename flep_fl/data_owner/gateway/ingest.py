@@ -124,6 +124,7 @@ class Ingest:
         device = self._authenticate(description, signed, signature)
         exchange.who = device.name
         self._listener.identities.take(device.name)
+        exchange.proved(device.name)
         self._check(description, device, exchange.length)
         key = _idempotency_key(exchange)
         if device.name in self._sending:

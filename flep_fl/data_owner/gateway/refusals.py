@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flep_fl.contracts.errors import (
+    AuditDiskFullError,
     ClockError,
     DatabaseError,
     DataError,
@@ -18,6 +19,7 @@ from flep_fl.contracts.errors import (
     GrantRevokedError,
     ImageFormatError,
     NotReleasedError,
+    RegistryFullError,
     ReleaseChangedError,
     SequenceConflictError,
     StoreBusyError,
@@ -84,6 +86,8 @@ def unauthorised(detail: str) -> Refusal:
 _STORE_ERRORS: Mapping[type[FlepError], tuple[int, str, int | None]] = {
     StoreBusyError: (503, "the database is busy; try again", RETRY_SECONDS),
     DiskFullError: (507, "the database has no space left", 30),
+    AuditDiskFullError: (507, "the audit log has no space left", 30),
+    RegistryFullError: (507, "the registry of devices has no space left", 30),
     ClockError: (503, "the data owner's clock is being looked at; try again later", 60),
     SequenceConflictError: (409, "the sequence number was used before", None),
     UnknownDatasetError: (404, "there is no such data set", None),

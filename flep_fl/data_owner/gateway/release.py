@@ -68,8 +68,9 @@ class Release:
         self._callers = Callers(owner_key, clock=clock)
         self._known: OrderedDict[bytes, float] = OrderedDict()
 
-    async def owner(self, _exchange: Exchange) -> Reply:
+    async def owner(self, exchange: Exchange) -> Reply:
         """Say who answers."""
+        exchange.check_bodiless()
         return Reply(200, OwnerHello(self._owner_key, int(self._clock())).to_bytes(), dict(_JSON))
 
     async def grants(self, exchange: Exchange) -> Reply:
@@ -113,9 +114,10 @@ class Release:
         return Reply(200, body, _page_headers(RECORDS_TYPE, page.cursor))
 
     async def _caller(self, exchange: Exchange, *, fresh: bool = False) -> tuple[bytes, list[Grant]]:
-        """Authenticate; only callers with a grant cost memory here."""
-        body = await exchange.body()
-        key, nonce = self._callers.signer(exchange, body)
+        """Authenticate; only callers with a grant cost memory here, and nobody is waited for."""
+        exchange.check_bodiless()
+        signed = self._callers.signer(exchange)
+        key = signed.key
         exchange.who = key.hex()
         grants: list[Grant] = []
         if fresh or self._known.get(key, 0.0) <= self._clock():
@@ -126,7 +128,7 @@ class Release:
                 while len(self._known) > _KNOWN_LIMIT:
                     self._known.popitem(last=False)
         if self._known.get(key, 0.0) > self._clock():
-            self._callers.spend(key, nonce, charge=lambda: self._listener.identities.take(key.hex()))
+            self._callers.spend(exchange, signed, key.hex())
         return key, grants
 
     def _log(self, event: str, exchange: Exchange, **fields: Any) -> None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from flep_fl.contracts.errors import FlepError, PortInUseError, RuntimeStartError
+from flep_fl.contracts.errors import AuditDiskFullError, FlepError, PortInUseError, RuntimeStartError
 from flep_fl.data_owner.audit import AuditLog
 from flep_fl.data_owner.gateway.connections import Doorkeeper, GuardedServer
 from flep_fl.data_owner.gateway.guard import Guard, Listener
 from flep_fl.data_owner.network import PeerFilter, parse_address
 
 _TICK_SECONDS = 0.5
+_FLUSH_TICKS = 10
 _BACKLOG = 256
 
 
@@ -143,12 +145,15 @@ async def _ticking(
     """Let the audit log reach the disk in the background for as long as the block runs."""
 
     async def tick() -> None:
-        while True:
+        for number in itertools.count():
             await asyncio.sleep(_TICK_SECONDS)
             try:
-                for listener in listeners:
-                    listener.flush()
+                if number % _FLUSH_TICKS == 0:
+                    for listener in listeners:
+                        listener.flush()
                 await asyncio.to_thread(audit.tick)
+            except AuditDiskFullError:
+                continue  # requests are answered with 507 until there is room again
             except FlepError as error:
                 # Without its log the gateway takes and gives nothing.
                 failures.append(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +18,18 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from gateways import DATASET, IMAGE, Camera, Parts, gateway_parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from flep_fl.contracts.owner_records import Analyst
+from flep_fl.data_owner.audit import HEADS_NAME, LOG_NAME, verify_log
 from flep_fl.data_owner.devices import CAPTURE_HEADER, SIGNATURE_HEADER
+from flep_fl.data_owner.enrolment import Approval, DeviceRegistry
 from flep_fl.data_owner.gateway.callers import NonceMemory
 from flep_fl.data_owner.gateway.guard import Guard, Listener
 from flep_fl.data_owner.gateway.ingest import CapturePolicy
-from flep_fl.data_owner.gateway.limits import Admission, Limits, TokenBuckets
+from flep_fl.data_owner.gateway.limits import Admission, Limits, TokenBuckets, peer_key
 from flep_fl.data_owner.gateway.refusals import Refusal
 
 PIXELS = IMAGE.tobytes()
@@ -302,7 +308,7 @@ def test_what_does_not_fit_is_refused_at_once_and_nothing_queues(parts: Parts) -
     cameras = [Camera(f"cam-{n}") for n in range(30)]
     for camera in cameras:
         approved(parts, camera.statement(parts.home))
-    parts.listeners["ingest"].admission = Admission(4)
+    parts.listeners["ingest"].admission = Admission(4, 4)
 
     async def go() -> list[httpx.Response]:
         async with parts.client("ingest") as client:
@@ -320,7 +326,7 @@ def test_what_does_not_fit_is_refused_at_once_and_nothing_queues(parts: Parts) -
 
 
 def test_health_answers_when_every_place_is_taken(parts: Parts) -> None:
-    parts.listeners["ingest"].admission = Admission(0)
+    parts.listeners["ingest"].admission = Admission(0, 0)
     assert ask(parts, "ingest", "GET", "/health").json() == {"status": "ok"}
     assert ask(parts, "ingest", "GET", "/v1/nothing").status_code == 503
 
@@ -443,7 +449,7 @@ def test_administration_needs_an_administrators_signature(parts: Parts, path: st
     headers = parts.signed("GET", path, admin)
     assert ask(parts, "admin", "GET", path, headers=headers).status_code == 200
     again = ask(parts, "admin", "GET", path, headers=headers)
-    assert (again.status_code, again.json()["reason"]) == (401, "the request was made before")
+    assert again.status_code == 401 and again.json()["reason"].startswith("the request was made before")
     stranger = Ed25519PrivateKey.generate()
     for bad in ({}, parts.signed("GET", path, stranger), parts.signed("GET", path + "x", admin)):
         answer = ask(parts, "admin", "GET", path, headers=bad)
@@ -556,20 +562,77 @@ def test_wrong_queries_are_refused(
     assert (answer.status_code, answer.json()["code"]) == (400, "query")
 
 
-def test_nonces_are_bounded_and_never_forgotten_too_early() -> None:
-    memory = NonceMemory(limit=3, seconds=10)
-    assert all(memory.use(b"k", str(n), 0.0) for n in range(3))
-    assert not memory.use(b"k", "0", 9.0)
-    with pytest.raises(Refusal) as caught:
-        memory.use(b"k", "3", 9.0)
-    assert caught.value.status == 503
-    assert memory.use(b"k", "3", 10.0)
+def test_a_nonce_is_never_taken_twice_and_memory_is_bounded() -> None:
+    memory = NonceMemory(per_caller=3, limit=100, seconds=10)
+    assert all(memory.use(b"k", str(n), n, 5.0) for n in range(3))
+    assert not memory.use(b"k", "0", 0, 9.0)
+    assert memory.use(b"k", "3", 3, 9.0) and len(memory) == 3
+    assert not memory.use(b"k", "0", 0, 9.0), "forgotten, and from a time that is closed for its caller"
+    assert not memory.use(b"k", "new", 0, 9.0)
+    assert memory.use(b"other", "0", 0, 9.0), "nobody else's time is closed"
+    assert memory.use(b"k", "4", 30, 30.0) and len(memory) == 1, "what is too old to be taken is forgotten"
 
 
-def test_an_analyst_over_the_rate_does_not_fill_the_nonces_of_all(
-    tmp_path: Path, analyst: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+def test_an_old_request_does_not_come_back_with_a_clock_that_is_set_back() -> None:
+    memory = NonceMemory(seconds=10)
+    assert memory.use(b"k", "a", 100, 100.0)
+    assert memory.use(b"q", "b", 200, 200.0)
+    assert len(memory) == 1 and not memory.knows(b"q", "c", 101)
+    assert not memory.use(b"k", "a", 100, 100.0)
+
+
+def test_a_caller_with_a_wrong_clock_closes_no_ones_time_but_his_own() -> None:
+    """He signs in the future until his floor is there, and lets all else of his run out."""
+    memory = NonceMemory(per_caller=4, seconds=10)
+    for number in range(4):
+        memory.use(b"bad", f"f{number}", 110, 100.0)
+    for number in range(4):
+        memory.use(b"bad", f"l{number}", 91, 100.0)
+    assert not memory.use(b"bad", "x", 105, 100.0)
+    assert memory.use(b"good", "g", 102, 102.0)
+    assert memory.use(b"good", "h", 103, 103.0)
+
+
+def test_colluding_callers_fill_nobodys_memory_but_their_own() -> None:
+    """Four callers at full tilt, one quiet one: his nonces stay, and no replay of anybody is taken."""
+    memory = NonceMemory(per_caller=50, limit=120, seconds=300)
+    assert memory.use(b"quiet", "q", 1000, 1000.0)
+    used = []
+    for number in range(400):
+        for bad in (b"b1", b"b2", b"b3", b"b4"):
+            created = 1000 + number // 10
+            assert memory.use(bad, str(number), created, 1000.0 + number // 10), "their own go on, too"
+            used.append((bad, str(number), created))
+        assert len(memory) <= 120
+    assert memory.use(b"quiet", "r", 1001, 1040.0), "the quiet one's time is open as before"
+    assert not memory.use(b"quiet", "q", 1000, 1040.0)
+    assert not any(memory.use(*one, 1040.0) for one in used)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from((b"a", b"b", b"c")), st.integers(0, 5), st.integers(-30, 30)), max_size=60
+    ),
+    jumps=st.lists(st.integers(-40, 60), min_size=60, max_size=60),
+)
+def test_whatever_clocks_and_callers_do_no_request_counts_twice(
+    steps: list[tuple[bytes, int, int]], jumps: list[int]
 ) -> None:
-    monkeypatch.setattr(NonceMemory.__init__, "__kwdefaults__", {"limit": 6, "seconds": 600.0})
+    memory, now, taken = NonceMemory(per_caller=4, limit=8, seconds=30), 1000, set()
+    for (key, number, offset), jump in zip(steps, jumps, strict=False):
+        now = max(0, now + jump)
+        created = max(0, now + offset)
+        one = (key, f"{number}-{created}", created)
+        if memory.use(*one, float(now)):
+            assert one not in taken
+            taken.add(one)
+        assert len(memory) <= 8
+
+
+def test_an_analyst_over_the_rate_is_refused_and_a_repetition_costs_nothing(
+    tmp_path: Path, analyst: Ed25519PrivateKey
+) -> None:
     camera, other = Camera(), Ed25519PrivateKey.generate()
     with gateway_parts(tmp_path / "owner", limits=Limits(rate=0.001, burst=3)) as parts:
         approved(parts, camera.statement(parts.home))
@@ -581,3 +644,272 @@ def test_an_analyst_over_the_rate_does_not_fill_the_nonces_of_all(
         again = [ask(parts, "release", "GET", "/v1/grants", headers=headers).status_code for _ in range(5)]
         assert again == [200] + [401] * 4
         assert fetch(parts, other, "/v1/grants").status_code == 200, "a repetition costs nothing"
+
+
+def test_four_analysts_who_flood_do_not_lock_a_fifth_out(
+    tmp_path: Path, analyst: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        NonceMemory.__init__, "__kwdefaults__", {"per_caller": 5, "limit": 12, "seconds": 300}
+    )
+    camera, colluding = Camera(), [Ed25519PrivateKey.generate() for _ in range(4)]
+    with gateway_parts(tmp_path / "owner") as parts:
+        approved(parts, camera.statement(parts.home))
+        for one in (analyst, *colluding):
+            granted(parts, camera, one, images=1)
+        mine = parts.signed("GET", "/v1/grants", analyst)
+        assert ask(parts, "release", "GET", "/v1/grants", headers=mine).status_code == 200
+        for _ in range(10):
+            for one in colluding:
+                fetch(parts, one, "/v1/grants")
+        assert fetch(parts, analyst, "/v1/grants").status_code == 200
+        assert ask(parts, "release", "GET", "/v1/grants", headers=mine).status_code == 401
+
+
+# --- places -----------------------------------------------------------------------------------------
+
+
+def test_a_place_counts_for_its_caller_and_moves_with_him() -> None:
+    admission = Admission(3, 2)
+    first, second = admission.enter("peer 1"), admission.enter("peer 1")
+    with pytest.raises(Refusal) as caught:
+        admission.enter("peer 1")
+    assert caught.value.status == 503
+    first.belongs_to("caller a")
+    third = admission.enter("peer 1")
+    with pytest.raises(Refusal):
+        admission.enter("peer 2")
+    second.belongs_to("caller a")
+    with pytest.raises(Refusal):
+        third.belongs_to("caller a")
+    for place in (first, first, second, third):
+        place.leave()
+    assert admission.taken == 0
+    assert all(admission.enter("caller a") for _ in range(2)), "what was left is free again"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("10.0.0.1", "10.0.0.2", False),
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("not an address", "another", False),
+    ],
+)
+def test_one_hosts_addresses_count_as_one(one: str, other: str, same: bool) -> None:
+    assert (peer_key(one) == peer_key(other)) is same
+
+
+class Stalled:
+    """Requests whose bodies never come, straight into a listener's application."""
+
+    def __init__(self, parts: Parts, listener: str) -> None:
+        self._app, self.answers = parts.apps[listener], []
+
+    async def send(self, method: str, path: str, headers: dict[str, str], *, length: int, peer: str) -> None:
+        pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [*pairs, (b"content-length", str(length).encode())],
+            "client": (peer, 1),
+        }
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.answers.append(message["status"])
+
+        await self._app(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("listener", "method", "path", "status"),
+    [
+        ("release", "GET", "/v1/owner", 413),
+        ("release", "GET", "/v1/grants", 413),
+        ("release", "POST", "/v1/grants/00/open", 413),
+        ("release", "GET", "/v1/grants/00/releases/00/index", 413),
+        ("release", "GET", "/v1/grants/00/releases/00/records", 413),
+        ("admin", "GET", "/v1/status", 413),
+        ("admin", "GET", "/v1/devices", 413),
+        ("admin", "GET", "/v1/audit/head", 413),
+        ("admin", "POST", "/v1/approvals", None),
+        ("ingest", "POST", CAPTURES, None),
+    ],
+)
+def test_strangers_are_waited_for_in_no_place(
+    parts: Parts, listener: str, method: str, path: str, status: int | None
+) -> None:
+    """A hundred requests of one address, each with a body that does not come: every place stays free."""
+    stalled, stranger = Stalled(parts, listener), Camera("stranger")
+
+    async def go() -> None:
+        waiting = [
+            asyncio.ensure_future(
+                stalled.send(method, path, stranger.headers(PIXELS), length=900, peer="10.9.9.9")
+            )
+            for _ in range(100)
+        ]
+        await asyncio.sleep(0.3)
+        assert parts.listeners[listener].admission.taken == 0
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(go())
+    assert stalled.answers == ([status] * 100 if status else [])
+
+
+def test_a_device_holds_one_place_while_its_body_is_waited_for(parts: Parts, camera: Camera) -> None:
+    stalled = Stalled(parts, "ingest")
+
+    async def go() -> None:
+        waiting = [
+            asyncio.ensure_future(
+                stalled.send("POST", CAPTURES, camera.headers(PIXELS), length=36, peer="10.9.9.9")
+            )
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0.3)
+        assert parts.listeners["ingest"].admission.taken == 1
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert parts.listeners["ingest"].admission.taken == 0
+
+    asyncio.run(go())
+
+
+def test_an_analyst_has_so_many_places_and_others_have_theirs(
+    parts: Parts, camera: Camera, analyst: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant, other = granted(parts, camera, analyst, 1), Ed25519PrivateKey.generate()
+    granted(parts, camera, other, 1)
+    assert fetch(parts, analyst, "/v1/grants").status_code == 200
+    slow = parts.book.open_grant
+    gate = threading.Event()
+    monkeypatch.setattr(parts.book, "open_grant", lambda *a: (gate.wait(10), slow(*a))[1])
+    target = f"/v1/grants/{grant}/open"
+
+    async def go() -> tuple[list[int], int]:
+        async with parts.client("release") as client, parts.client("release") as second:
+            many = [
+                asyncio.ensure_future(client.post(target, headers=parts.signed("POST", target, analyst)))
+                for _ in range(20)
+            ]
+            await asyncio.sleep(0.2)
+            one = await second.get("/v1/grants", headers=parts.signed("GET", "/v1/grants", other))
+            gate.set()
+            return sorted(answer.status_code for answer in await asyncio.gather(*many)), one.status_code
+
+    codes, honest = asyncio.run(go())
+    assert codes == [200] * 8 + [503] * 12 and honest == 200
+
+
+def test_many_devices_behind_one_address_are_not_counted_as_one(tmp_path: Path) -> None:
+    """Who proves an identity costs his address nothing: here it may make five unproved requests."""
+    cameras = [Camera(f"cam-{number}") for number in range(12)]
+    with gateway_parts(tmp_path / "owner", limits=Limits(peer_rate=0.01, peer_burst=5)) as parts:
+        for camera in cameras:
+            parts.registry.apply(Approval.from_bytes(camera.statement(parts.home)))
+        codes = [post(parts, camera.headers(PIXELS)).status_code for camera in cameras for _ in range(2)]
+        assert codes == [201] * 24
+        strangers = [post(parts, Camera("x").headers(PIXELS)).status_code for _ in range(7)]
+        assert strangers == [401] * 5 + [429] * 2
+        assert ask(parts, "ingest", "GET", "/health").status_code == 429, "health is no way round it"
+
+
+def test_many_addresses_do_not_fill_the_log_either(parts: Parts) -> None:
+    listener, before = parts.listeners["ingest"], len(parts.events())
+    for number in range(3000):
+        listener.connection_refused(f"2001:db8:{number:x}::1", "network_rules")
+    assert len(parts.events()) - before <= 510
+    listener.flush()
+    sums = [line for line in parts.events() if line["event"] == "refused.sum"]
+    assert len(sums) <= 17
+    singles = len(parts.events()) - before - len(sums)
+    assert sum(line["count"] for line in sums) + singles == 3000
+
+
+def test_a_refusal_with_long_and_strange_text_has_its_line(parts: Parts) -> None:
+    refusal = Refusal(400, "x", "y", detail="\xff" * 5000)
+    parts.listeners["ingest"].refused(refusal, peer="1.2.3.4", what="\xff" * 5000)
+    assert parts.events()[-1]["code"] == "x"
+
+
+# --- a full disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Refuse what is written into the audit log while ``full[0]``."""
+    from flep_fl.contracts.errors import AuditDiskFullError
+    from flep_fl.data_owner import audit
+
+    state, real = [False], audit._write_whole
+
+    def write(descriptor: int, data: bytes, path: Path) -> None:
+        if state[0]:
+            os.write(descriptor, data[: len(data) // 2])
+            raise AuditDiskFullError("full")
+        real(descriptor, data, path)
+
+    monkeypatch.setattr(audit, "_write_whole", write)
+    return state
+
+
+def test_without_room_for_its_line_nothing_is_acknowledged_and_later_it_goes_on(
+    parts: Parts, camera: Camera, full: list[bool]
+) -> None:
+    headers = camera.headers(PIXELS)
+    full[0] = True
+    answer = post(parts, headers)
+    assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    assert post(parts, Camera("x").headers(PIXELS)).status_code == 401, "a refusal needs no room"
+    parts.listeners["ingest"].flush()
+    full[0] = False
+    again = post(parts, headers)
+    assert again.status_code == 200 and parts.database.count() == 1
+    parts.listeners["ingest"].flush()
+    logged = [(line["event"], line.get("code")) for line in parts.events()[-4:]]
+    assert ("capture.repeated", None) in logged and ("refused.sum", "unauthorised") in logged
+    report = verify_log(
+        parts.home.audit / LOG_NAME,
+        parts.home.audit_signing_key().public_key(),
+        heads=parts.home.audit / HEADS_NAME,
+    )
+    assert report.sound, report.findings
+
+
+def test_an_approval_that_does_not_fit_on_the_disk_does_not_count(
+    parts: Parts, camera: Camera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it reached the disk; it is taken back, and the next one stands on a line of its own."""
+    second = Camera("cam-2")
+    real = os.write
+    registry = parts.home.devices
+
+    def write(descriptor: int, data: bytes) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == registry:
+            return real(descriptor, data[: len(data) // 2])
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        answer = ask(parts, "admin", "POST", "/v1/approvals", content=second.statement(parts.home))
+    assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    refused_ = post(parts, second.headers(PIXELS))
+    assert refused_.status_code == 401
+    approved(parts, second.statement(parts.home))
+    assert post(parts, second.headers(PIXELS)).status_code == 201
+    again = DeviceRegistry(registry, parts.home.administrators)
+    assert again.names() == ["cam-1", "cam-2"]
