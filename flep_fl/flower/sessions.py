@@ -20,7 +20,7 @@ from flep_fl.contracts.ports import ModelCipher
 from flep_fl.flower.consent import sends_plain_weights
 from flep_fl.model_security.carry_over import CarryOver, EarlierKeys
 from flep_fl.model_security.cipher import CkksModelCipher, PublicModelCipher
-from flep_fl.model_security.keyring import CheckKey, ModelKey, PublicKey, state_key
+from flep_fl.model_security.keyring import NO_SECRET, CheckKey, ModelKey, PublicKey, state_key
 from flep_fl.model_security.mixed import TrustingModelCipher
 from flep_fl.model_security.plain import PlainModelCipher
 from flep_fl.model_security.schemes import SECRET_BYTES, load_scheme
@@ -129,12 +129,13 @@ def _earlier_keys(kit: SiteKit, config: Config) -> list[EarlierKeys]:
     found = []
     for keys in kit.previous:
         try:
-            sealed_states = CheckKey.from_bytes(keys.check_key)
             if config.cloud.trust == "open":
                 cipher: ModelCipher = PlainModelCipher("open")
+                sealed_states = NO_SECRET
             else:
                 cipher = analyst_cipher(keys.model_key or b"", config)
-                sealed_states = state_key(ModelKey.from_bytes(keys.model_key or b""), sealed_states)
+                check_key = CheckKey.from_bytes(keys.check_key)
+                sealed_states = state_key(ModelKey.from_bytes(keys.model_key or b""), check_key)
             found.append(EarlierKeys(cipher, sealed_states))
         except ModelKeyError as exc:
             _LOG.warning("keys of generation %d are not used: %s", keys.generation, exc)

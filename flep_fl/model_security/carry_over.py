@@ -18,7 +18,7 @@ from flep_fl.contracts.files import read_bytes
 from flep_fl.contracts.ports import Float64Vector, ModelCipher
 from flep_fl.model_security.contribution import average
 from flep_fl.model_security.held_state import STATE_FILE
-from flep_fl.model_security.keyring import CheckKey
+from flep_fl.model_security.keyring import NO_SECRET, CheckKey
 from flep_fl.model_security.layout import ModelLayout
 from flep_fl.model_security.ledger import SUM_FILE
 from flep_fl.model_security.optimiser import OptimiserState
@@ -81,7 +81,7 @@ def start_digest(check_key: CheckKey | None, federation: str, layout: ModelLayou
     weights
         Its weights, float64 little-endian.
     """
-    key = (check_key or CheckKey(bytes(CheckKey.SIZE))).derive(b"flep-fl/carried-model/v1", 32)
+    key = (check_key or NO_SECRET).derive(b"flep-fl/carried-model/v1", 32)
     head = f"{federation}/{layout.digest}/".encode()
     return hmac.digest(key, head + weights, "sha256").hex()
 

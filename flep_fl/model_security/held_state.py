@@ -17,7 +17,7 @@ from flep_fl.contracts.errors import FlepError, KitError, OptimiserStateError, T
 from flep_fl.contracts.files import read_bytes, write_secret
 from flep_fl.contracts.ports import Float64Vector
 from flep_fl.model_security import optimiser
-from flep_fl.model_security.keyring import CheckKey
+from flep_fl.model_security.keyring import NO_SECRET, CheckKey
 from flep_fl.model_security.optimiser import OptimiserState
 from flep_fl.model_security.optimiser_settings import OPTIMISERS, OptimiserSettings
 from flep_fl.model_security.transfer import (
@@ -43,8 +43,8 @@ class HeldState:
     settings
         The optimiser.
     state_key
-        Seals and commits to states. None in an open federation, which has no secrets: a public key serves
-        there.
+        Seals and commits to states. None in an open federation, where
+        :data:`~flep_fl.model_security.keyring.NO_SECRET` serves.
     folder
         The site's state folder.
     holding, weights
@@ -60,7 +60,7 @@ class HeldState:
         weights: Float64Vector,
     ) -> None:
         self._settings = settings
-        self._key = state_key or CheckKey(bytes(CheckKey.SIZE))
+        self._key = state_key or NO_SECRET
         self._folder = folder
         self.holding = holding
         self.state = optimiser.start(settings, weights)

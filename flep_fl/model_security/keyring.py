@@ -242,6 +242,10 @@ class CheckKey:
         raise TypeError("a CheckKey is not pickled; use to_bytes() and write_secret()")
 
 
+NO_SECRET: Final = CheckKey(bytes(CheckKey.SIZE))
+"""Stands for the check key in an open federation, which has no secrets: everybody knows it."""
+
+
 def state_key(model_key: ModelKey, check_key: CheckKey) -> CheckKey:
     """Derive the key of states that analysts hand over (``transfer``) or keep.
 

@@ -424,9 +424,18 @@ class AnalystSession:
     def is_current(self, instruction: Instruction) -> bool:
         """Whether the model held here is the one that the cloud speaks of."""
         if self.membership.contribute_only and instruction.sum_round == 0 and not self._brought:
-            # It cannot open the first model; whether all mean the same is seen when updates are added.
-            self._start = self._model_of = instruction.previous
+            self._take_name_of_first(instruction.previous)
         return instruction.previous == self._model_of == self.accepted
+
+    def _take_name_of_first(self, name: str) -> None:
+        """Take the cloud's name for the first model, which this site cannot open, until it has signed one.
+
+        Whether all sites mean the same is seen when their updates are added.
+        """
+        if self.accepted_round > 0:
+            return
+        signed = list(self.ledger.entries.headers.values())  # all from the first model: no sum was accepted
+        self._start = self._model_of = parse_header(bytes.fromhex(signed[0])).previous if signed else name
 
     def accept_sum(self, blob: bytes, instruction: Instruction) -> Arrays:
         """Verify a sum, decrypt it, and make its average the current model.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from federations import Federation, make_config, make_federation
+from sessions import make_sessions
 
 from flep_fl.config import config_of, shared_part
 from flep_fl.contracts.errors import ConfigError, ContributeOnlyError, TransferError
@@ -16,6 +18,7 @@ from flep_fl.flower.sessions import session_factory
 from flep_fl.model_security.held_state import STATE_FILE
 from flep_fl.model_security.keyring import CheckKey, ModelKey, state_key
 from flep_fl.model_security.ledger import Ledger
+from flep_fl.model_security.seal import parse_header
 from flep_fl.model_security.transfer import open_state
 from flep_fl.provision.kits import create_kits, load_site_kit
 
@@ -107,3 +110,42 @@ def test_a_name_that_is_no_site_is_refused(tmp_path: Path) -> None:
     config = make_config(*PUBLIC)
     with pytest.raises(ConfigError, match=r"contribute_only names c.*a, b, d"):
         create_kits(shared_part(config), ["a", "b", "d"], tmp_path / "kits", address="127.0.0.1:9092")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_cloud_cannot_move_the_first_model_of_a_site_that_has_signed(
+    tmp_path: Path, restarted: bool
+) -> None:
+    """It takes the cloud's name for a model that it cannot open, once; and never after a sum."""
+    federation = make_sessions(tmp_path, size=1)
+    analyst = federation.analysts["c"]
+    analyst.membership = replace(analyst.membership, contribute_only=True)
+    strategy = federation.strategy()
+    strategy.members.gather(federation.grid, quorum=3, timeout=10)
+
+    def order(name: str, number: int) -> str:
+        strategy._start = name
+        node = federation.node("c")
+        messages = strategy._messages("round", number, {node: strategy.members.present[node]})
+        reply = next(iter(federation.grid.send_and_receive(list(messages.values()))))
+        if restarted:
+            federation.restart("c")
+        return reply.error.reason if reply.has_error() else str(reply.content["flep"]["status"])
+
+    def signed() -> list[str]:
+        headers = analyst.open().ledger.entries.headers.values()
+        return [parse_header(bytes.fromhex(header)).previous for header in headers]
+
+    assert order("5" * 64, 1) == "ok"
+    for other in ("6" * 64, ""):
+        assert order(other, 2) == "stale"
+    assert signed() == ["5" * 64]
+    assert order("5" * 64, 2) == "ok", "the run goes on"
+    session = analyst.open()
+    session.ledger.adopt("7" * 64, 2)  # it has accepted a sum
+    session._model_of = "7" * 64
+    restarted = False
+    for other in ("6" * 64, "5" * 64, ""):
+        assert order(other, 3) == "stale"
+        assert session._model_of == session.accepted == "7" * 64
+    assert signed() == ["5" * 64] * 2

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from federations import Federation, make_federation
+from federations import Federation, make_config, make_federation
 
+from flep_fl.config import config_of, shared_part
 from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import Site, prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
+from flep_fl.flower.sessions import session_factory
+from flep_fl.model_security import optimiser
 from flep_fl.model_security.session import AnalystSession
-from flep_fl.provision.kits import load_cloud_kit, load_site_kit
+from flep_fl.provision.kits import create_kits, load_cloud_kit, load_site_kit
 from flep_fl.provision.operations import rotate_keys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
@@ -69,12 +72,20 @@ def previous(kits: Path) -> list[str]:
     return sorted(path.parent.name for path in kits.glob("*/previous-*.wrapped"))
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("fedavg", marks=pytest.mark.slow), "fedadam"])
+@pytest.mark.parametrize(
+    ("cloud", "optimizer"),
+    [
+        pytest.param("untrusted", "fedavg", marks=pytest.mark.slow),
+        ("untrusted", "fedadam"),
+        pytest.param("open", "fedavg", marks=pytest.mark.slow),
+        pytest.param("open", "fedadam", marks=pytest.mark.slow),
+    ],
+)
 def test_the_model_is_carried_over_and_reaches_a_new_site(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cloud: str, optimizer: str
 ) -> None:
     first = make_federation(
-        tmp_path, "federation.rounds=1", "federation.min_contributors=2",
+        tmp_path, "federation.rounds=1", "federation.min_contributors=2", f"cloud={cloud}",
         f"federation.optimizer={optimizer}", "federation.optimizer_lr=0.01",
     )  # fmt: skip
     seed = flat(first.sites["a"].session.model)
@@ -83,7 +94,7 @@ def test_the_model_is_carried_over_and_reaches_a_new_site(
     assert model != seed
     second = rotated(first, monkeypatch, new_site="c")
     assert previous(tmp_path / "kits") == ["a", "b", "c"], "the old keys are kept for now"
-    assert second.sites["a"].session.key_id != first.sites["a"].session.key_id
+    assert (second.sites["a"].session.key_id == first.sites["a"].session.key_id) == (cloud == "open")
     assert flat(second.sites["a"].session.model) == flat(second.sites["b"].session.model) == model
     assert flat(second.sites["c"].session.model) == seed, "a new site has nothing yet"
     second.run()
@@ -91,6 +102,28 @@ def test_the_model_is_carried_over_and_reaches_a_new_site(
     assert [len(record.replied) for record in second.strategy.rounds] == [3]
     assert len({flat(site.session.model) for site in second.sites.values()}) == 1
     assert previous(tmp_path / "kits") == [], "the first accepted sum deletes the old keys"
+
+
+@pytest.mark.parametrize("cloud", ["open", "untrusted"])
+def test_what_the_optimiser_holds_is_carried_over(tmp_path: Path, cloud: str) -> None:
+    """One site alone: its first model is what its optimiser made of the last sum, and not the average."""
+    config = make_config(f"cloud={cloud}", "federation.optimizer=fedadam")
+    create_kits(shared_part(config), ["a", "b", "c"], tmp_path, address="127.0.0.1:9092")
+
+    def session() -> AnalystSession:
+        kit = load_site_kit(tmp_path / "a")
+        first = {"w": np.zeros(4, dtype=np.float32)}
+        return session_factory(kit, config_of(kit.federation.shared), tmp_path / "state")(lambda: first)
+
+    before = session()
+    assert before._held is not None
+    holding = replace(before._held.holding, round=1, accepted="5" * 64)
+    before._held._keep(holding, optimiser.start(before.membership.optimiser, np.arange(4.0)))
+    before.ledger.close()
+    rotate_keys(tmp_path)
+    after = session()
+    assert np.array_equal(after.model["w"], np.arange(4, dtype=np.float32))
+    after.ledger.close()
 
 
 def test_old_keys_stay_until_a_sum_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
