@@ -291,6 +291,49 @@ def test_a_superlink_that_is_lost_again_and_again(tmp_path: Path) -> None:
     assert sum(record.attempts for record in ended.rounds) > 4
 
 
+class LateGrid(FallibleGrid):
+    """A grid on which, after its SuperLink was lost, one site takes longer than the others to come back."""
+
+    late: int = 0
+    calls_away = 40
+
+    def get_node_ids(self) -> Iterable[int]:
+        nodes = set(super().get_node_ids())
+        lost = self.late not in self._apps
+        self.calls_away -= lost
+        return sorted(nodes - {self.late + 100} if lost and self.calls_away > 0 else nodes)
+
+
+def test_after_a_lost_superlink_the_round_waits_for_every_site_that_was_in_it(tmp_path: Path) -> None:
+    """A quorum is back at once; without the wait the late site would miss the round."""
+    federation = make_sessions(tmp_path, quorum=2, grid=LateGrid)
+    grid = federation.grid
+    assert isinstance(grid, LateGrid)
+    grid.late, grid.lose_at = federation.node("c"), frozenset({12})
+    ended = cloud(federation, tmp_path)
+    ended.start(grid)
+    assert grid.calls_away <= 0, "the site was away for a while"
+    check_end(federation, ended)
+
+
+def test_a_resumed_cloud_does_not_wait_for_sites_that_have_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their processes have ended, in order; nobody is to be told that they were lost."""
+    federation = make_sessions(tmp_path)
+    with end_at_write(monkeypatch, WRITES - 3, after=True), pytest.raises(Crash):
+        cloud(federation, tmp_path).start(federation.grid)
+    closed = load(federation, tmp_path).state.closed
+    assert len(closed) == 1, "one site has heard the last word"
+    federation.grid.kill(federation.node(closed[0]))
+    monkeypatch.setattr(strategy, "CLOSE_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(strategy, "RECONNECT_SECONDS", 0.5)
+    ended = resumed(federation, tmp_path)
+    ended.start(federation.grid)
+    assert ended.closing_failures == []
+    assert all(analyst.open().closed for analyst in federation.analysts.values())
+
+
 # --- checkpoints that must be refused ----------------------------------------------------------------
 
 
@@ -490,6 +533,34 @@ def test_a_site_that_signed_a_later_round_makes_a_checkpoint_stale(
     with pytest.raises(Crash):
         resumed(federation, tmp_path).start(federation.grid)
     monkeypatch.undo()
+    monkeypatch.setattr(members, "REFUSAL_PATIENCE_SECONDS", 0.3)
+    restart_superlink(federation)
+    with pytest.raises(StaleCheckpointError):
+        resumed(federation, tmp_path / "old").start(federation.grid)
+
+
+def test_a_round_without_a_sum_that_sites_have_signed_makes_a_checkpoint_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied while round 2 was open, which then had no quorum; the sites have signed round 3 since."""
+    federation = make_sessions(tmp_path, "abcd", quorum=4)
+    original, rounds = EncryptedFedAvg._aggregate, list[int]()
+
+    def aggregate(self: EncryptedFedAvg, replies: Iterable[Any]) -> None:
+        rounds.append(self._record.round)
+        if self._record.round == 2:
+            shutil.copytree(tmp_path / "cloud", tmp_path / "old" / "cloud")
+            replies = [entry for entry in replies if entry[0] != federation.node("d")]
+        original(self, replies)
+        if self._record.round == 3:
+            raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(EncryptedFedAvg, "_aggregate", aggregate)
+        cloud(federation, tmp_path).start(federation.grid)
+    assert rounds == [1, 2, 3]
+    ledgers = [analyst.open().ledger for analyst in federation.analysts.values()]
+    assert {(ledger.entries.accepted_round, ledger.signed_round) for ledger in ledgers} == {(1, 3)}
     monkeypatch.setattr(members, "REFUSAL_PATIENCE_SECONDS", 0.3)
     restart_superlink(federation)
     with pytest.raises(StaleCheckpointError):

@@ -187,6 +187,19 @@ def test_a_restarted_site_cannot_be_taken_back_to_the_first_model(tmp_path: Path
     assert federation.analysts["a"].trained == [1, 2, 3]
 
 
+def test_a_site_that_lost_its_last_sum_does_not_train_on_the_first_model(tmp_path: Path) -> None:
+    """In a round that it has never signed, nothing but the ledger speaks against the first model."""
+    federation = make_sessions(tmp_path, rounds=4)
+    strategy = begin(federation, 2)
+    tell(federation, strategy, 3, "a")
+    (tmp_path / "a" / "sum.bin").unlink()
+    federation.restart("a")
+    strategy._sum = None
+    assert code(tell(federation, strategy, 4, "a")) == "stale"
+    assert federation.analysts["a"].trained == [1, 2, 3]
+    assert max(federation.analysts["a"].open().ledger.entries.headers) == 3
+
+
 def test_a_round_that_is_opened_again_gets_the_bytes_of_the_first_attempt(tmp_path: Path) -> None:
     federation = make_sessions(tmp_path)
     strategy = begin(federation, 1)
