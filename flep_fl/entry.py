@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flep_fl.config import CONFIG_DIR, Config, adopt_kit, register, to_config
 from flep_fl.contracts.errors import ConfigError, ConfigMismatchError, FlepError
+from flep_fl.reporting.console import printable
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -80,7 +81,7 @@ def run_entry(function: Callable[[DictConfig], None], config_name: str) -> int:
 def _report(error: FlepError) -> int:
     """Print one line on standard error; return the exit code."""
     sys.stdout.flush()
-    print(f"error ({type(error).__name__}): {error}", file=sys.stderr)  # noqa: T201
+    print(f"error ({type(error).__name__}): {printable(str(error))}", file=sys.stderr)  # noqa: T201
     return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
 
 

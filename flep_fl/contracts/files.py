@@ -52,6 +52,33 @@ def write_secret(path: Path, data: bytes) -> None:
     write_atomic(path, data, mode=0o600)
 
 
+def create_secret(path: Path, data: bytes) -> bool:
+    """Write a secret (0600) where there is no file yet; of several processes one does, all see its file.
+
+    Returns
+    -------
+    bool
+        Whether this call made the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o600)
+            os.fsync(file.fileno())
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def remove_unfinished(folder: Path, *patterns: str) -> None:
     """Remove what :func:`write_atomic` left of files of these names where its process was killed.
 

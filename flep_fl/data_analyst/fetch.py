@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,11 +35,12 @@ from flep_fl.contracts.errors import (
     GrantRevokedError,
     KeystoreError,
     OwnerUnreachableError,
+    RecordError,
     ReleaseChangedError,
     TamperedReleaseError,
     UnknownGrantError,
 )
-from flep_fl.contracts.files import write_atomic
+from flep_fl.contracts.files import lock_exclusively, write_atomic
 from flep_fl.contracts.grants import GrantDocument
 from flep_fl.contracts.owner_api import (
     MAX_INDEX_LIMIT,
@@ -58,6 +61,9 @@ from flep_fl.data_security.wrapping import unwrap_bundle
 _STATE = "fetch.json"
 _FRAME_SLACK = 1 << 16
 _REOPENINGS = 3
+
+MAX_INDEX_BYTES = 1 << 30
+"""What an index may take; it lies in memory while records are fetched."""
 
 Progress = Callable[[str, int, int], None]
 """``progress(dataset, records_done, records_in_all)``."""
@@ -216,8 +222,9 @@ def _fetch_grant(
     keystore.store(opened.document, opened.bundle)
     folder = archive_folder(cache, owner, opened.document.dataset)
     downloaded = 0
-    if not _is_complete(folder, opened):
-        downloaded = _download(client, opened, folder, on_progress)
+    with _alone(folder, opened.document.dataset):
+        if not _is_complete(folder, opened):
+            downloaded = _download(client, opened, folder, on_progress)
     source = LocalArchive(folder, site=opened.document.analyst, owner_public_key=owner)
     source.manifest()
     return Fetched(source, opened.bundle, describe(source, opened.bundle), opened.document, downloaded)
@@ -327,16 +334,38 @@ def _from_cache(address: OwnerAddress, keystore: Keystore, cache: Path) -> list[
 # --- the download ----------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _alone(folder: Path, dataset: str) -> Iterator[None]:
+    """Be the one process that fills this folder; the kernel lets go of it when the process ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        lock = lock_exclusively(folder.with_name(folder.name + ".lock"))
+    except BlockingIOError as exc:
+        raise FetchError(
+            f"another process is fetching {dataset} into {folder.parent}", remedy="Wait for it, or stop it"
+        ) from exc
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def _is_complete(folder: Path, opened: _Opened) -> bool:
-    """Whether the folder holds just the records of this release; its manifest is then as good."""
+    """Whether the folder holds just the records of this release, whole; its manifest is then as good."""
     try:
         source = LocalArchive(
             folder, site=opened.document.analyst, owner_public_key=bytes.fromhex(opened.document.owner)
         )
-        same = source.manifest() == opened.head.manifest
-    except ArchiveError:
+        if source.manifest() != opened.head.manifest:
+            return False
+        if not hmac.compare_digest(source.head.index_sha256, opened.head.index_sha256):
+            return False
+        for split in archive.SPLITS:
+            for _ in source.records(split):
+                pass  # each is compared with its digest: what a disk has spoilt is fetched again
+    except (ArchiveError, RecordError):
         return False
-    return same and hmac.compare_digest(source.head.index_sha256, opened.head.index_sha256)
+    return True
 
 
 def _download(client: OwnerClient, opened: _Opened, folder: Path, on_progress: Progress) -> int:
@@ -344,6 +373,14 @@ def _download(client: OwnerClient, opened: _Opened, folder: Path, on_progress: P
     part = folder.with_name(folder.name + ".part")
     index = _index(client, opened)
     entries = _checked_index(index, opened.head)
+    free = shutil.disk_usage(folder.parent).free
+    if opened.head.records_bytes + len(index) > free:
+        raise FetchError(
+            f"{opened.document.dataset} does not fit on the disk of {folder.parent}",
+            expected=f"{opened.head.records_bytes + len(index)} bytes free",
+            found=f"{free} bytes",
+            remedy="Make room, or name another folder with data.cache=",
+        )
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True, mode=0o700)
@@ -392,6 +429,13 @@ def _download(client: OwnerClient, opened: _Opened, folder: Path, on_progress: P
 
 def _index(client: OwnerClient, opened: _Opened) -> bytes:
     total = (opened.head.manifest.train + opened.head.manifest.test) * archive.ENTRY_BYTES
+    if total > MAX_INDEX_BYTES:
+        raise FetchError(
+            f"the release of {opened.document.dataset} claims more records than can be fetched",
+            expected=f"at most {MAX_INDEX_BYTES // archive.ENTRY_BYTES}",
+            found=total // archive.ENTRY_BYTES,
+            remedy="Ask the data owner for a share of it",
+        )
     parts: list[bytes] = []
     size, cursor = 0, 0
     while True:
@@ -402,8 +446,8 @@ def _index(client: OwnerClient, opened: _Opened) -> bytes:
         size += len(data)
         if after is None or size > total:
             return b"".join(parts)
-        if after <= cursor:
-            raise FetchError("the data owner's cursor does not move on")
+        if after <= cursor or not data:
+            raise FetchError("the data owner sends pages of the index that lead nowhere")
         cursor = after
 
 
@@ -418,6 +462,16 @@ def _checked_index(index: bytes, head: ArchiveHead) -> list[IndexEntry]:
         raise TamperedReleaseError("the release's index names a record twice", remedy="Ask the data owner")
     if len({entry.digest for entry in entries}) != len(entries):
         raise TamperedReleaseError("the release holds one record twice", remedy="Ask the data owner")
+    counts = Counter(entry.split for entry in entries)
+    size = sum(entry.envelope_bytes + entry.label_bytes for entry in entries)
+    claimed = head.manifest
+    if (counts["train"], counts["test"], size) != (claimed.train, claimed.test, head.records_bytes):
+        raise TamperedReleaseError(
+            "the release's index does not fit its manifest",
+            expected=f"{claimed.train} train, {claimed.test} test, {head.records_bytes} bytes",
+            found=f"{counts['train']} train, {counts['test']} test, {size} bytes",
+            remedy="Ask the data owner",
+        )
     return entries
 
 
@@ -457,6 +511,8 @@ def _reuse(opened: _Opened, entries: list[IndexEntry], folders: list[Path], targ
             continue
         cursor, records = state
         held = _held_records(folder, records)
+        if held is None:
+            continue  # the cursor is that of records which are not here
         done = 0
         with (folder / archive.RECORDS).open("rb") as source, target.open("wb") as sink:
             for entry in entries:
@@ -476,18 +532,22 @@ def _reuse(opened: _Opened, entries: list[IndexEntry], folders: list[Path], targ
     return 0, 0
 
 
-def _held_records(folder: Path, count: int) -> dict[bytes, int]:
-    """Return digest -> offset of the first ``count`` records of a folder, as far as they are whole."""
+def _held_records(folder: Path, count: int) -> dict[bytes, int] | None:
+    """Return digest -> offset of the first ``count`` records of a folder; None where not all are there."""
     found: dict[bytes, int] = {}
-    size = (folder / archive.RECORDS).stat().st_size
+    try:
+        size = (folder / archive.RECORDS).stat().st_size
+        entries = archive.unpack_index((folder / archive.INDEX).read_bytes())[:count]
+    except (OSError, ArchiveError):
+        return None  # a power failure can leave such a file
     offset = 0
-    for entry in archive.unpack_index((folder / archive.INDEX).read_bytes())[:count]:
+    for entry in entries:
         end = offset + entry.envelope_bytes + entry.label_bytes
         if end > size:
-            break
+            return None
         found[entry.digest] = offset
         offset = end
-    return found
+    return found if len(found) == count else None
 
 
 def _save_state(folder: Path, opened: _Opened, cursor: int, records: int) -> None:

@@ -13,7 +13,7 @@ import sqlite3
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from flep_fl.contracts.errors import GrantError, GrantExpiredError, KeystoreError, OwnerPinError
-from flep_fl.contracts.files import read_bytes, write_secret
+from flep_fl.contracts.files import create_secret, read_bytes
 from flep_fl.contracts.grants import GrantDocument
 from flep_fl.data_security.keys import ImageKeyBundle
 
@@ -88,13 +88,15 @@ class Keystore:
         self.path, self._clock = path, clock
         if (key_file is None) == (passphrase is None):
             raise KeystoreError("a keystore is opened with a key file or with a passphrase")
-        fresh = not path.exists()
-        if fresh and key_file is not None and not key_file.exists():
-            write_secret(key_file, secrets.token_bytes(KEY_BYTES))
-        if fresh:
-            write_secret(path, b"")
+        if not path.exists():
+            if key_file is not None:
+                create_secret(key_file, secrets.token_bytes(KEY_BYTES))
+            create_secret(path, b"")
         path.chmod(0o600)
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        with self._named():
+            self._connection = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=30
+            )
         try:
             with self._named():
                 self._prepare(key_file, passphrase)
@@ -165,13 +167,16 @@ class Keystore:
         return {name: bytes.fromhex(str(entry["verify_key"])) for name, entry in self._all("owner")}
 
     def forget_owner(self, address: str) -> None:
-        """Forget an owner's key and everything it granted."""
+        """Forget an owner's key, everything it granted, and how far its releases had come."""
         key = self.pinned(address)
         if key is None:
             raise KeystoreError("the keystore does not know this owner", found=address)
         for held in self.grants(expired=True):
             if held.document.owner == key.hex():
                 self.forget(held.document.owner, held.document.dataset)
+        for name, _ in self._all("seen"):
+            if json.loads(name)[0] == key.hex():
+                self._delete("seen", name)
         self._delete("owner", address)
 
     # --- grants --------------------------------------------------------------------------------------
@@ -189,21 +194,28 @@ class Keystore:
         if (bundle.key_id, bundle.epoch) != (document.key_id, document.epoch):
             raise GrantError("the key bundle is not the one that the grant names")
         name = _place(document.owner, document.dataset)
-        held = self._get("grant", name)
-        if held is not None:
-            before = GrantDocument.from_bytes(b64decode(str(held["document"])))
-            if (document.epoch, document.release_number) < (before.epoch, before.release_number):
-                raise GrantError(
-                    f"the grant for {document.dataset} is older than the one that is held",
-                    expected=f"epoch {before.epoch} release {before.release_number} or later",
-                    found=f"epoch {document.epoch} release {document.release_number}",
-                    remedy="Ask the data owner; somebody may be playing back an old answer",
-                )
+        before = self._seen(name)
+        if (document.epoch, document.release_number) < before:
+            raise GrantError(
+                f"the grant for {document.dataset} is older than one that was seen before",
+                expected=f"epoch {before[0]} release {before[1]} or later",
+                found=f"epoch {document.epoch} release {document.release_number}",
+                remedy="Ask the data owner; somebody may be playing back an old answer",
+            )
         entry = {
             "document": b64encode(document.to_bytes()).decode("ascii"),
             "bundle": b64encode(bundle.to_bytes()).decode("ascii"),
         }
         self._put("grant", name, entry)
+
+    def _seen(self, name: str) -> tuple[int, int]:
+        """Return epoch and number of the latest release of a data set that was ever held here."""
+        held, seen = self._get("grant", name), self._get("seen", name)
+        latest = (0, 0)
+        if held is not None:
+            document = GrantDocument.from_bytes(b64decode(str(held["document"])))
+            latest = (document.epoch, document.release_number)
+        return latest if seen is None else max(latest, (int(seen["epoch"]), int(seen["release"])))
 
     def held(self, owner: str, dataset: str) -> HeldGrant:
         """Return the grant and bundle of a data set.
@@ -239,8 +251,15 @@ class Keystore:
         return [held for held in found if expired or now <= held.document.not_after]
 
     def forget(self, owner: str, dataset: str) -> None:
-        """Destroy a grant and its bundle, if they are held; the file's bytes are overwritten."""
-        self._delete("grant", _place(owner, dataset))
+        """Destroy a grant and its bundle, if they are held; the file's bytes are overwritten.
+
+        Epoch and number of the release stay behind, so that it cannot be played back later.
+        """
+        name = _place(owner, dataset)
+        epoch, number = self._seen(name)
+        if number:
+            self._put("seen", name, {"epoch": str(epoch), "release": str(number)})
+        self._delete("grant", name)
 
     def forget_expired(self) -> int:
         """Destroy all grants that have ended; returns how many."""
@@ -289,7 +308,9 @@ class Keystore:
                     ) from exc
             self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            # SQLite may have rolled back already (a full disk), and what it says now would hide why.
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
             raise
 
     def _create(self, kind: str) -> None:
@@ -358,12 +379,13 @@ class Keystore:
             ) from exc
 
 
-def _derive(salt: bytes, cost: int, key_file: Path | None, passphrase: str | None) -> bytes:
+def _derive(salt: object, cost: object, key_file: Path | None, passphrase: str | None) -> bytes:
+    sound = isinstance(salt, bytes) and isinstance(cost, int) and 2 <= cost <= 1 << 22
+    if not sound or cost & (cost - 1):
+        raise KeystoreError("the keystore's head is damaged", remedy="Restore it, or fetch again")
     if passphrase is not None:
         if not passphrase:
             raise KeystoreError("the passphrase is empty")
-        if not 2 <= cost <= 1 << 22:
-            raise KeystoreError("the keystore's head is damaged")
         return Scrypt(salt=salt, length=KEY_BYTES, n=cost, r=8, p=1).derive(passphrase.encode())
     if key_file is None:  # pragma: no cover - one of the two is given
         raise KeystoreError("a keystore is opened with a key file or with a passphrase")

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 MAX_TRIES = 8
 MAX_WAIT = 10.0
+SLOWEST = 4096
+"""Bytes a second: who sends less on average, after the first minute, is given up."""
 _TIMEOUT = 60.0
 _JSON_BYTES = 16 << 20
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -283,11 +285,20 @@ class OwnerClient:
 
 
 def _read(answer: httpx.Response, limit: int) -> bytes:
-    parts, size = [], 0
-    for part in answer.iter_bytes():
+    """Read a body; raw, because what was not asked for compressed is not unpacked either."""
+    parts, size, began = [], 0, time.monotonic()
+    for part in answer.iter_raw():
         size += len(part)
         if size > limit:
             raise FetchError("the data owner's answer is too large", expected=f"at most {limit} bytes")
+        late = time.monotonic() - began - _TIMEOUT
+        if late > 0 and size < late * SLOWEST:
+            raise FetchError(
+                "the data owner answers too slowly",
+                expected=f"at least {SLOWEST} bytes/s",
+                found=f"{size} bytes in {late + _TIMEOUT:.0f} s",
+                remedy="Start again later: what is here stays",
+            )
         parts.append(part)
     return b"".join(parts)
 

@@ -34,6 +34,13 @@ _EIGHT_BIT_MODES = frozenset(
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 _DEFECT_PROBABILITY = 0.5
+_ELPV_CLASSES = ("functional", "defective")
+
+_PACKAGES = {
+    "elpv": ("elpv_dataset.utils", "data=elpv", "demo"),
+    "digits": ("sklearn.datasets", "data=digits", "digits"),
+}
+"""What a data set is imported from, the setting that asks for it, and the extra that brings it."""
 
 
 @dataclass(frozen=True)
@@ -267,14 +274,14 @@ def _too_deep(path: Path, mode: str) -> ImageFormatError:
 
 
 def _load_elpv(_path: Path | None) -> OwnerImages:
-    utils = _require("elpv_dataset.utils", "data=elpv", "demo")
+    utils = _require(*_PACKAGES["elpv"])
     images, probability, _ = utils.load_dataset()
     labels = (np.asarray(probability) >= _DEFECT_PROBABILITY).astype(int).tolist()
-    return OwnerImages("elpv", images, labels, ("functional", "defective"))
+    return OwnerImages("elpv", images, labels, _ELPV_CLASSES)
 
 
 def _load_digits(_path: Path | None) -> OwnerImages:
-    digits: Any = _require("sklearn.datasets", "data=digits", "digits").load_digits()
+    digits: Any = _require(*_PACKAGES["digits"]).load_digits()
     images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)
     return OwnerImages(
         "digits", images, [int(v) for v in digits.target], tuple(str(v) for v in digits.target_names)
@@ -309,6 +316,32 @@ def _load_folder(path: Path | None) -> OwnerImages:
         )
     files = _Files([Path(file) for file, _ in pairs], decode_grey)
     return OwnerImages(path.resolve().name, files, [label for _, label in pairs], tuple(classes))
+
+
+def source_classes(name: str, path: Path | None = None) -> tuple[str, ...]:
+    """Return a data set's class names, without decoding an image.
+
+    Raises
+    ------
+    ConfigError, MissingExtraError, EmptyDatasetError
+        As :func:`load_source`.
+    """
+    if name == "elpv":
+        require_source(name)
+        return _ELPV_CLASSES
+    return load_source(name, path=path, seed=0).classes
+
+
+def require_source(name: str) -> None:
+    """Check that a data set's package is there, without loading an image.
+
+    Raises
+    ------
+    MissingExtraError
+        It is not installed.
+    """
+    if name in _PACKAGES:
+        _require(*_PACKAGES[name])
 
 
 def _require(module: str, setting: str, extra: str) -> ModuleType:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flep_fl.config import Config
 from flep_fl.contracts.archive import ArchiveDescription
-from flep_fl.contracts.errors import ConfigError, DataError
+from flep_fl.contracts.errors import ConfigError, DataError, EmptyDatasetError
 from flep_fl.data_analyst.fetch import Progress, fetch_owner
 from flep_fl.data_analyst.keystore import Keystore
 from flep_fl.data_analyst.owner_client import AnalystIdentity, parse_address
@@ -58,7 +58,8 @@ def load_site_data(
     """Fetch or open the sealed records, and restore them in memory.
 
     Several sources are put together; each is restored with its own bundle and cipher. They must agree on the
-    class names, and their images must end at one size and number of channels.
+    class names, and their images must end at one size and number of channels. One of them may have no record
+    of a split: a small part of a small data set may hold nothing out.
 
     Parameters
     ----------
@@ -93,7 +94,7 @@ def load_site_data(
             remedy="Name owners of one kind of data in data.owners",
         )
     splits = [_restored(config, one) for one in sealed]
-    train, test = (_joined([pair[i] for pair in splits]) for i in range(len(SPLITS)))
+    train, test = (_joined([pair[i] for pair in splits], split) for i, split in enumerate(SPLITS))
     description = sealed[0].description
     if len(sealed) > 1:
         counts = np.bincount(train.labels, minlength=len(description.classes))
@@ -146,13 +147,14 @@ def _from_owners(
     return found
 
 
-def _restored(config: Config, sealed: _Sealed) -> tuple[RestoredSplit, RestoredSplit]:
+def _restored(config: Config, sealed: _Sealed) -> list[RestoredSplit | None]:
     # The bundle says which cipher sealed the images; what may be imported for it is this site's own say.
     cipher = build_cipher(sealed.bundle, allow_targets=config.allow_targets)
     order = restore_order(config)
     require_order(cipher, order)
     denoise = image_denoiser(config, sealed.bundle, cipher)
-    train, test = (
+    manifest = sealed.source.manifest()
+    return [
         restore_split(
             sealed.source,
             cipher=cipher,
@@ -162,12 +164,19 @@ def _restored(config: Config, sealed: _Sealed) -> tuple[RestoredSplit, RestoredS
             split=split,
             input_size=config.model.input_size,
         )
+        if getattr(manifest, split)
+        else None
         for split in SPLITS
-    )
-    return train, test
+    ]
 
 
-def _joined(parts: Sequence[RestoredSplit]) -> RestoredSplit:
+def _joined(found: Sequence[RestoredSplit | None], split: str) -> RestoredSplit:
+    parts = [part for part in found if part is not None]
+    if not parts:
+        raise EmptyDatasetError(
+            f"the {split} split has no record",
+            remedy="Ask the data owner for more images, or for some that are held out",
+        )
     if len(parts) == 1:
         return parts[0]
     shapes = {part.images.shape[1:] for part in parts}

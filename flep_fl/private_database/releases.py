@@ -376,6 +376,35 @@ class ReleaseBook:
                 remedy="Release again",
             )
 
+    def sample(self, dataset: str | None, count: int) -> list[tuple[PlainRecord, SealedRecord]]:
+        """Return a random sample of what is released, beside what is stored: for the owner alone.
+
+        Parameters
+        ----------
+        dataset
+            Name of the data set; None where there is one only.
+        count
+            How many records at most.
+
+        Raises
+        ------
+        NotReleasedError
+            Nothing is released in the current epoch.
+        RecordError
+            A record is corrupt.
+        """
+        found = self._database.dataset(dataset)
+        with self._database.database.read() as connection:
+            snapshot = self._current(connection, found)
+            if snapshot is None:
+                raise NotReleasedError(
+                    f"nothing of {found.name} is released in its current key epoch", remedy="Release it first"
+                )
+            # Positions were drawn at random, so the first ones are a sample.
+            query = self._range(snapshot, (0, 1), 0, schema.released.c.sealed_parts)
+            rows = connection.execute(query.add_columns(schema.records.c.wrapped_key).limit(count)).all()
+        return [(self._database.get(row.record_id), self._opened(row, snapshot.epoch)) for row in rows]
+
     # --- serving it ----------------------------------------------------------------------------------
 
     def grants_of(self, verify_key: bytes) -> list[Grant]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flep_fl.config import Config
 from flep_fl.contracts.errors import ArchiveError, DenoiserError, EmptyDatasetError
 from flep_fl.contracts.files import write_secret
-from flep_fl.contracts.owner_records import stacked
+from flep_fl.contracts.owner_records import OwnerImage, stacked
 from flep_fl.contracts.ports import Denoise, Entropy, ImageCipher
 from flep_fl.data_owner.partition import held_out_shares, partition, split_test
 from flep_fl.data_owner.release import seal_archive
@@ -203,14 +203,33 @@ def restore_quality(
     order: RestoreOrder,
 ) -> RestoreQuality:
     """Encrypt and restore a sample of the owner's images; mean PSNR with and without the denoiser."""
+    step = max(1, len(source.images) // RESTORE_SAMPLE)
+    chosen = [source.images[index] for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]]
+    pairs = ((plain, cipher.encrypt(stacked([plain]))[0]) for plain in chosen)
+    return compared(pairs, cipher, denoise, order)
+
+
+def compared(
+    pairs: Iterable[tuple[OwnerImage, bytes]],
+    cipher: ImageCipher,
+    denoise: Denoise | None,
+    order: RestoreOrder,
+) -> RestoreQuality:
+    """Compare images with what an analyst makes of their envelopes; mean PSNR with and without the denoiser.
+
+    Parameters
+    ----------
+    pairs
+        Each plain image, uint8 or uint16, (H, W) or (C, H, W), with its envelope.
+    cipher, denoise, order
+        As an analyst has them.
+    """
     from flep_fl.data_security.metrics import psnr
 
-    step = max(1, len(source.images) // RESTORE_SAMPLE)
     restored: list[float] = []
     noisy: list[float] = []
-    for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]:
-        plain = source.images[index]
-        envelopes = cipher.encrypt(stacked([plain]))
+    for plain, envelope in pairs:
+        envelopes = [envelope]
         image = plain * np.float32(255 / np.iinfo(plain.dtype).max)  # the scale of what is restored
         noisy.append(psnr(image, restore(cipher, envelopes)[0]))
         best = restore(cipher, envelopes, denoise, order)[0] if denoise else None

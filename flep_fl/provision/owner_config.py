@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from flep_fl.config import CipherConfig, DataConfig, NoiseConfig, TrainConfig
+from flep_fl.config import CipherConfig, DataConfig, DenoiserConfig, NoiseConfig, RestoreConfig, TrainConfig
 from flep_fl.contracts.errors import ConfigError
 
 ACTIONS: dict[str, str] = {
@@ -29,6 +29,7 @@ ACTIONS: dict[str, str] = {
     "audit": "flep_fl.provision.owner_audit:run_audit",
     "rules": "flep_fl.provision.owner_audit:run_rules",
     "release": "flep_fl.provision.owner_store:run_release",
+    "measure": "flep_fl.provision.owner_measure:run_measure",
     "grant": "flep_fl.provision.owner_store:run_grant",
     "grants": "flep_fl.provision.owner_store:run_grants",
     "revoke": "flep_fl.provision.owner_store:run_revoke",
@@ -87,8 +88,10 @@ class OwnerConfig:
     """The options of all actions; each action uses some of them.
 
     ``database`` null is the embedded one in the home; ``tls`` false is for loopback alone. ``out`` is where
-    an action writes, null prints. ``expires_days`` is the life of an approval. ``train`` comes
-    with the choice of ``data`` and means nothing here.
+    an action writes, null prints. ``expires_days`` is the life of an approval. ``share``, INDEX and PARTS, is
+    the part of a data set that is granted, or of the images that are played; ``seed`` draws the images of
+    ``data.limit``. ``denoiser`` and ``restore`` are what ``action=measure`` takes the analysts to use.
+    ``train`` comes with the choice of ``data`` and means nothing here.
     """
 
     action: str = MISSING
@@ -130,6 +133,9 @@ class OwnerConfig:
     out: str | None = None
     cipher: CipherConfig = field(default_factory=CipherConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    seed: int = 0
     allow_targets: list[str] = field(default_factory=list)
     analyst: str | None = None
     kit: str | None = None
@@ -176,6 +182,10 @@ def to_owner_config(cfg: DictConfig) -> OwnerConfig:
             raise ConfigError(f"{name}={value} is not positive", remedy=f"Set {name} above 0")
     if config.split not in (None, "train", "test"):
         raise ConfigError(f"split={config.split} is not known", expected="train or test, or null")
+    if len(config.share) != 2 or not 0 <= config.share[0] < config.share[1]:
+        raise ConfigError(
+            f"share={config.share} is not a share", expected="[INDEX,PARTS] with INDEX below PARTS, as [0,2]"
+        )
     return config
 
 

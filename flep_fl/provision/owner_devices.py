@@ -85,7 +85,7 @@ def run_status(config: OwnerConfig) -> None:
 
 
 def run_play(config: OwnerConfig) -> None:
-    """Play ``images=FOLDER`` or ``data=digits|elpv`` as a device.
+    """Play ``images=FOLDER`` or ``data=digits|elpv`` as a device; with ``share=[0,2]`` every other image.
 
     Raises
     ------
@@ -119,28 +119,34 @@ def _shots(config: OwnerConfig) -> tuple[list[Callable[[], Shot]], str]:
     """Return functions that read one image each, and the data set's name."""
     from flep_fl.data_owner.sources import load_source
 
-    limit = config.data.limit
+    limit, (index, parts) = config.data.limit, config.share
     if config.images:
         folder = Path(config.images)
         if folder.is_dir() and not any(child.is_dir() for child in folder.iterdir()):
             files = sorted(child for child in folder.iterdir() if child.is_file())[:limit]
             if not files:
                 raise ConfigError(f"images={folder} holds no image")
-            return [_file_shot(path) for path in files], folder.resolve().name
-        source = load_source("folder", path=folder, limit=limit, seed=0)
-    else:
-        size = config.data.image_size
-        source = load_source(config.data.name, image_size=size, limit=limit, seed=0)
+            return [_file_shot(path) for path in files[index::parts]], folder.resolve().name
+    source = load_source(
+        "folder" if config.images else config.data.name,
+        path=Path(config.images) if config.images else None,
+        image_size=config.data.image_size,
+        limit=limit,
+        seed=config.seed,
+        mode=config.data.mode,
+    )
 
-    def shot(index: int) -> Callable[[], Shot]:
+    def shot(number: int) -> Callable[[], Shot]:
         def read() -> Shot:
-            image = source.images[index]
-            label = source.classes[source.labels[index]]
-            return Shot(f"image {index + 1}", image.tobytes(), "raw-uint8", image.shape, label)
+            image = source.images[number]
+            label = source.classes[source.labels[number]]
+            wire = "raw-uint8" if image.dtype.itemsize == 1 else "raw-uint16"
+            data = image.astype(image.dtype.newbyteorder("<"), copy=False).tobytes()
+            return Shot(f"image {number + 1}", data, wire, image.shape, label)
 
         return read
 
-    return [shot(index) for index in range(len(source.labels))], source.name
+    return [shot(number) for number in range(len(source.labels))[index::parts]], source.name
 
 
 def _file_shot(path: Path) -> Callable[[], Shot]:

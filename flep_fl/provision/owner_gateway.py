@@ -27,7 +27,7 @@ LISTENERS = ("ingest", "release", "admin")
 def run_dataset(config: OwnerConfig) -> None:
     """Add a data set to the database: ``dataset=NAME classes=[...]``, or the classes of ``data=``."""
     from flep_fl.config import Config
-    from flep_fl.data_owner.sources import load_source
+    from flep_fl.data_owner.sources import source_classes
     from flep_fl.data_security.keys import ImageKeyBundle
     from flep_fl.provision.owner import cipher_parameters, noise_parameters, secret_images
     from flep_fl.provision.owner_store import open_database
@@ -35,9 +35,9 @@ def run_dataset(config: OwnerConfig) -> None:
     settings = Config(cipher=config.cipher, noise=config.noise, allow_targets=list(config.allow_targets))
     classes, name = list(config.classes), config.dataset
     if not classes:
-        name_of_source = "folder" if config.images else config.data.name
-        source = load_source(name_of_source, path=Path(config.images) if config.images else None, seed=0)
-        classes, name = list(source.classes), name or source.name
+        folder = Path(config.images) if config.images else None
+        classes = list(source_classes("folder" if folder else config.data.name, folder))
+        name = name or (folder.resolve().name if folder else config.data.name)
     if not name:
         raise ConfigError(
             "action=dataset needs a name", expected="dataset=NAME classes=[A,B], or data=digits"

@@ -55,8 +55,6 @@ def run_grant(config: OwnerConfig) -> None:
     dataset = need(config, "dataset", "cells")
     analyst = _analyst(config)
     until = _until(need(config, "until", "2027-12-31"))
-    if len(config.share) != 2:
-        raise ConfigError(f"share={config.share} is not a share", expected="[INDEX,PARTS], such as [0,2]")
     home = load_home(Path(config.home))
     with open_database(config, home) as database:
         grant = create_grant(
@@ -202,7 +200,7 @@ def run_accept_clock(config: OwnerConfig) -> None:
 def _release(config: OwnerConfig, home: OwnerHome, database: OwnerDatabase, name: str) -> None:
     from flep_fl.private_database.releases import ReleaseBook
 
-    progress = Progress("owner")
+    progress = Progress(home.folder.name)
     book = ReleaseBook(database, home.signing_key(), allow_targets=config.allow_targets)
     with progress.live():
         found = book.release(name, on_progress=lambda done, total: progress.bar(name, done, total))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from unicodedata import category
 
 from flep_fl.contracts.records import RoundRecord
 
@@ -23,10 +24,18 @@ COLUMNS = (
     "sites",
 )
 
+_QUIET_SECONDS = 2.0
+"""What takes less is not worth a line."""
+
 
 def say(line: str) -> None:
     """Print one plain line at once."""
-    print(line, flush=True)  # noqa: T201
+    print(printable(line), flush=True)  # noqa: T201
+
+
+def printable(text: str) -> str:
+    """Put ``?`` for control characters: names and reasons come from others, a terminal obeys escape codes."""
+    return "".join("?" if category(char)[0] == "C" and char not in "\n\t" else char for char in text)
 
 
 class Progress:
@@ -42,7 +51,7 @@ class Progress:
         self._name = name
         self._started = time.monotonic()
         self._status: Any = None
-        self._quarters: dict[str, int] = {}
+        self._quarters: dict[str, tuple[int, float]] = {}
 
     def __call__(self, line: str) -> None:
         """Report an event."""
@@ -52,7 +61,7 @@ class Progress:
             self._status.update(f"{self._name}: {line}")
 
     def bar(self, what: str, done: int, total: int) -> None:
-        """Show how far something has come: a bar on a terminal, a line at every quarter elsewhere."""
+        """Show how far something has come: a bar on a terminal; elsewhere a line now and then."""
         if self._status is not None:
             from rich.progress_bar import ProgressBar
             from rich.table import Table
@@ -62,9 +71,10 @@ class Progress:
             row.add_row(f"{self._name}: {what}", bar, f"{done}/{total}")
             self._status.update(row)
             return
-        quarter = 4 * done // total if total else 4
-        if self._quarters.get(what) != quarter:
-            self._quarters[what] = quarter
+        quarter, now = 4 * done // total if total else 4, time.monotonic()
+        last, told = self._quarters.setdefault(what, (-1, now))
+        if last != quarter and now - told >= _QUIET_SECONDS:
+            self._quarters[what] = (quarter, now)
             self(f"{what}: {done} of {total} records")
 
     @contextmanager

@@ -6,51 +6,128 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from parties import descendants, run_script
 
+from flep_fl.flower.demonstration import OWNERS
+
 pytestmark = pytest.mark.e2e
 
-SMALL = ("data.limit=90", "federation.rounds=2", "train.local_epochs=1")
+SMALL = ("data.limit=150", "federation.rounds=2", "train.local_epochs=1")
+TWO = ("federation.sites=2", "federation.min_contributors=2")
+
+
+def check_story(out: Path, said: str, analysts: list[str], images: int) -> None:
+    """What must be true of every run of the demo, whoever takes part."""
+    result = json.loads((out / "results.json").read_text())
+    assert result["cloud"] == "untrusted"
+    assert result["sites"] == analysts
+    assert result["restore"]["psnr_db"] >= result["restore"]["noisy_psnr_db"] + 5
+    assert all(len(entry["replied"]) == len(analysts) for entry in result["rounds"])
+    assert "accuracy on held-out images" in said and "the cloud held no key" in said
+    assert not list((out / "cloud").rglob("*.npz"))
+    assert all((out / "sites" / name / "model.npz").exists() for name in analysts)
+    assert not re.search(r"Traceback|\[DEBUG\]|\[INFO\]", said)
+    # Every owner's camera, database and log took part, and every image went to one analyst.
+    stored = 0
+    for owner in OWNERS:
+        with closing(sqlite3.connect(out / "owners" / owner / "database.sqlite")) as database:
+            stored += database.execute("SELECT count(*) FROM records").fetchone()[0]
+        assert f"[{owner}] sound: " in said
+        assert f"[{owner}-gateway] stopped" in said
+    assert stored == images
+    fetched = re.findall(r"^\[([\w-]+) .*: (\d+) records fetched from https://", said, flags=re.MULTILINE)
+    assert sum(int(count) for _, count in fetched) == images
+    assert sorted(name for name, _ in fetched) == sorted(analysts * len(OWNERS))
 
 
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
-    done = run_script("scripts.demo", *SMALL, f"hydra.run.dir={tmp_path}", timeout=240)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "results.json").read_text())
-    assert result["cloud"] == "untrusted"
-    assert result["sites"] == ["plant-a", "plant-b", "plant-c"]
-    assert result["restore"]["psnr_db"] >= result["restore"]["noisy_psnr_db"] + 5
-    assert all(len(entry["replied"]) == 3 for entry in result["rounds"])
-    assert "accuracy on held-out images" in done.stdout
-    assert not list((tmp_path / "cloud").rglob("*.npz"))
-    assert all((tmp_path / "sites" / name / "model.npz").exists() for name in result["sites"])
-    assert not re.search(r"Traceback|\[DEBUG\]|\[INFO\]", done.stdout + done.stderr)
+    done = run_script("scripts.demo", *SMALL, f"hydra.run.dir={tmp_path}", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2", "lab-3"], 150)
+    assert "warning" not in done.stdout
 
 
-def test_ctrl_c_ends_the_demo_and_all_its_parties(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.demo", *SMALL, f"hydra.run.dir={tmp_path}"]
-    with (tmp_path / "log").open("wb") as log:
-        demo = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while "site plant" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+@pytest.mark.slow
+def test_two_owners_and_two_analysts_run_with_a_warning(tmp_path: Path) -> None:
+    done = run_script("scripts.demo", *SMALL, *TWO, f"hydra.run.dir={tmp_path}", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2"], 150)
+    assert "with two contributors" in done.stdout
+
+
+@contextmanager
+def started_demo(out: Path, *arguments: str):
+    """Start the demo; yields the process and a function that waits until its log matches a pattern."""
+    command = [sys.executable, "-m", "scripts.demo", *SMALL, *arguments, f"hydra.run.dir={out}"]
+    log = out / "log"
+    with log.open("wb") as file:
+        demo = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def wait_for(pattern: str, times: int = 1) -> None:
+        deadline = time.monotonic() + 200
+        while len(re.findall(pattern, log.read_text())) < times:
+            assert demo.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+
+    try:
+        yield demo, wait_for
+    finally:
+        if demo.poll() is None:
+            demo.kill()
+
+
+def gone(pids: list[int]) -> bool:
+    return not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]  # noqa: PTH110
+
+
+@pytest.mark.parametrize(
+    ("pattern", "times", "processes"),
+    [
+        ("gateway. ready", 2, 2),
+        # Two gateways, the cloud, three analysts, and Flower's own processes.
+        pytest.param("held-out images, in memory", 1, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_ends_the_demo_and_all_its_parties(
+    tmp_path: Path, pattern: str, times: int, processes: int
+) -> None:
+    with started_demo(tmp_path) as (demo, wait_for):
+        wait_for(pattern, times)
         children = descendants(demo.pid)
-        assert len(children) >= 5
+        assert len(children) >= processes
         started = time.monotonic()
         demo.send_signal(signal.SIGINT)
         assert demo.wait(20) == 130, (tmp_path / "log").read_text()
         assert time.monotonic() - started < 15
-        assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]  # noqa: PTH110
-    finally:
-        if demo.poll() is None:
-            demo.kill()
+        assert gone(children)
+
+
+def test_a_party_that_fails_is_named_and_all_others_end(tmp_path: Path) -> None:
+    with started_demo(tmp_path) as (demo, wait_for):
+        wait_for("gateway. ready", 2)
+        children = descendants(demo.pid)
+        gateway = next(
+            pid
+            for pid in children
+            if {b"action=serve", f"home='{tmp_path}/owners/{OWNERS[1]}'".encode()}
+            <= set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        )
+        os.kill(gateway, signal.SIGKILL)
+        assert demo.wait(30) == 1
+        said = (tmp_path / "log").read_text()
+        assert re.search(
+            rf"{OWNERS[1]}-gateway ended with status -9; its last lines:.*ready", said, re.DOTALL
+        )
+        assert "Traceback" not in said
+        assert gone(children)
 
 
 def test_a_missing_extra_is_named(tmp_path: Path) -> None:

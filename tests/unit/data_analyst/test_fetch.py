@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from owner_server import OwnerServer
+from owner_world import FAR, new_identity, pixels
 from traces import traces
 
 from flep_fl.contracts import archive
@@ -29,103 +29,12 @@ from flep_fl.contracts.errors import (
     UnknownGrantError,
 )
 from flep_fl.contracts.grants import GrantDocument, signed_message
-from flep_fl.contracts.owner_records import Analyst, Capture, IndexPage
+from flep_fl.contracts.owner_records import IndexPage
 from flep_fl.contracts.records import SealedRecord
 from flep_fl.data_analyst import keystore as keystores
-from flep_fl.data_analyst.fetch import fetch_owner
 from flep_fl.data_analyst.keystore import Keystore
-from flep_fl.data_analyst.owner_client import AnalystIdentity, OwnerClient, parse_address
-from flep_fl.data_analyst.restore import restore_split
-from flep_fl.data_security.keys import ImageKeyBundle, NoiseParameters
-from flep_fl.data_security.presets import build_cipher, get_preset
-from flep_fl.private_database.grants import create_grant, revoke_grant
-from flep_fl.private_database.releases import ReleaseBook
-from flep_fl.private_database.store import OwnerDatabase
-
-FAR = 4_000_000_000
-
-
-def new_bundle():
-    return ImageKeyBundle.generate(
-        get_preset("aead").parameters, NoiseParameters(std=0.0), cipher_name="aead"
-    )
-
-
-def new_identity():
-    return AnalystIdentity(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
-
-
-class World:
-    """An owner with a released data set behind a server, and an analyst with a grant."""
-
-    def __init__(self, folder, count=20):
-        self.folder = folder
-        self.signing = Ed25519PrivateKey.generate()
-        self.database = OwnerDatabase.create(folder / "owner" / "owner.db", secrets.token_bytes(32))
-        self.database.add_dataset("cells", ("good", "bad"), bundle=new_bundle())
-        self.book = ReleaseBook(self.database, self.signing)
-        self.fill(count)
-        self.book.release()
-        self.server = OwnerServer(self.book, self.signing)
-        self.me = new_identity()
-        self.grant = self.give(self.me)
-        self.keystore = Keystore(folder / "keys" / "keystore.db", key_file=folder / "keys" / "keystore.key")
-        self.progress = []
-        self.events = []
-
-    def close(self):
-        self.server.stop()
-        self.keystore.close()
-        self.database.close()
-
-    def fill(self, count, start=0):
-        rng = np.random.default_rng(start)
-        images = rng.integers(0, 256, (count, 6, 5), dtype=np.uint8)
-        self.ids = self.database.put_many(
-            [
-                Capture("cells", "cam", start + i, image, i % 2, "test" if i % 4 == 0 else "train")
-                for i, image in enumerate(images)
-            ]
-        )
-
-    def give(self, identity, **settings):
-        analyst = Analyst("ann", identity.verify_key, identity.encryption_key)
-        return create_grant(self.database, dataset="cells", analyst=analyst, **{"not_after": FAR, **settings})
-
-    def fetch(self, **settings):
-        address = parse_address(settings.pop("address", self.server.url))
-        identity = settings.pop("identity", self.me)
-        with OwnerClient(address, identity, sleep=lambda _s: None, max_tries=3) as client:
-            return fetch_owner(
-                address,
-                identity,
-                self.keystore,
-                self.folder / "cache",
-                client=client,
-                on_progress=lambda *state: self.progress.append(state),
-                on_event=self.events.append,
-                **settings,
-            )
-
-    def asked(self, what):
-        return [path for path in self.server.requests if f"/{what}?" in path]
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
-
-
-def pixels(fetched):
-    cipher = build_cipher(fetched.bundle)
-    return [
-        restore_split(
-            fetched.archive, cipher=cipher, bundle=fetched.bundle, denoise=None, split=split, input_size=None
-        )
-        for split in ("train", "test")
-    ]
+from flep_fl.data_analyst.owner_client import parse_address
+from flep_fl.private_database.grants import revoke_grant
 
 
 def test_what_is_fetched_is_what_the_owner_has(world):
@@ -147,7 +56,7 @@ def test_what_is_fetched_is_what_the_owner_has(world):
     files = [file for file in world.folder.rglob("*") if file.is_file() and "owner/" not in str(file)]
     canaries = [fetched.bundle.master_key, *(image for image in stored)]
     assert traces(files, canaries) == []
-    assert len(files) == 7
+    assert len(files) == 8
     for file in (world.folder / "keys").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -378,7 +287,7 @@ def test_an_old_answer_is_not_taken_twice(world):
     world.book.release()
     world.fetch()
     world.server.tamper = lambda path, answer: old["answer"] if path == "open" else answer
-    with pytest.raises(GrantError, match="older than the one that is held"):
+    with pytest.raises(GrantError, match="older than one that was seen"):
         world.fetch()
 
 

@@ -1,0 +1,249 @@
+"""An owner, or a gateway, that means harm; a second process; a disk that is full or has spoilt a file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from owner_world import pixels
+
+from flep_fl.contracts import archive
+from flep_fl.contracts.errors import FetchError, GrantError, KeystoreError, TamperedReleaseError
+from flep_fl.contracts.files import create_secret, lock_exclusively
+from flep_fl.contracts.owner_records import IndexPage, RecordPage
+from flep_fl.data_analyst import fetch as fetching
+from flep_fl.data_analyst import keystore as keystores
+from flep_fl.data_analyst import owner_client
+from flep_fl.data_analyst.keystore import Keystore
+from flep_fl.reporting.console import say
+
+
+def folder_of(fetched):
+    return fetched.archive.path
+
+
+# --- a hostile owner or gateway --------------------------------------------------------------------------
+
+
+def test_an_index_that_never_ends_is_given_up(world):
+    world.server.tamper = lambda path, answer: (
+        IndexPage(b"", (answer.cursor or 20) + 1) if path == "index" else answer
+    )
+    with pytest.raises(FetchError, match="lead nowhere"):
+        world.fetch()
+    assert len(world.asked("index")) < 5
+
+
+def test_records_that_never_come_are_given_up(world):
+    world.server.tamper = lambda path, answer: (
+        RecordPage((), (answer.cursor or 20) + 1) if path == "records" else answer
+    )
+    with pytest.raises(TamperedReleaseError, match="dropped"):
+        world.fetch()
+    assert len(world.asked("records")) < 5
+
+
+def test_more_records_than_a_machine_can_hold_are_refused(world, monkeypatch):
+    monkeypatch.setattr(fetching, "MAX_INDEX_BYTES", 19 * archive.ENTRY_BYTES)
+    with pytest.raises(FetchError, match="more records than can be fetched") as caught:
+        world.fetch()
+    assert "at most 19" in str(caught.value) and not world.asked("index")
+
+
+@pytest.mark.parametrize("change", [{"train": 16}, {"test": 4}, {"train": 14, "test": 6}])
+def test_an_index_that_does_not_fit_the_manifest_is_found_before_the_download(world, change):
+    (fetched,) = world.fetch()
+    index = (folder_of(fetched) / archive.INDEX).read_bytes()
+    head = fetched.archive.head
+    assert len(fetching._checked_index(index, head)) == 20
+    wrong = replace(head, manifest=replace(head.manifest, **change))
+    with pytest.raises(TamperedReleaseError, match="does not fit its manifest"):
+        fetching._checked_index(index, wrong)
+    with pytest.raises(TamperedReleaseError, match="does not fit its manifest"):
+        fetching._checked_index(index, replace(head, records_bytes=head.records_bytes + 1))
+
+
+def test_an_answer_is_not_unpacked(world):
+    bomb = gzip.compress(bytes(1 << 20))
+    answer = httpx.Response(200, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(bomb))
+    assert owner_client._read(answer, 1 << 16) == bomb
+
+
+def test_an_answer_that_is_too_large_is_not_read_to_its_end():
+    sent = []
+
+    def endless():
+        while True:
+            sent.append(1)
+            yield bytes(1000)
+
+    with pytest.raises(FetchError, match="too large"):
+        owner_client._read(SimpleNamespace(iter_raw=endless), 10_000)
+    assert len(sent) == 11
+
+
+def test_an_answer_that_drips_is_given_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(owner_client.time, "monotonic", lambda: now[0])
+
+    def drip(size, seconds, parts):
+        for _ in range(parts):
+            now[0] += seconds
+            yield bytes(size)
+
+    slow = SimpleNamespace(iter_raw=lambda: drip(1, 50.0, 1000))
+    with pytest.raises(FetchError, match="too slowly"):
+        owner_client._read(slow, 10_000)
+    assert now[0] < 200
+    steady = SimpleNamespace(iter_raw=lambda: drip(owner_client.SLOWEST, 1.0, 300))
+    assert len(owner_client._read(steady, 1 << 30)) == 300 * owner_client.SLOWEST
+
+
+def test_names_and_reasons_of_others_do_not_steer_the_terminal(capsys):
+    say("cells\x1b[2J\x9b0m\u202e: 3 records\tfetched é")
+    assert capsys.readouterr().out == "cells?[2J?0m?: 3 records\tfetched é\n"
+
+
+# --- what was seen once cannot be played back ------------------------------------------------------------
+
+
+def test_an_old_release_is_refused_even_after_its_key_was_destroyed(world):
+    (first,) = world.fetch()
+    world.fill(4, start=100)
+    world.book.release()
+    (second,) = world.fetch()
+    owner, dataset = second.document.owner, second.document.dataset
+    assert (first.document.release_number, second.document.release_number) == (1, 2)
+    for _ in range(2):
+        world.keystore.forget(owner, dataset)
+        assert world.keystore.grants(expired=True) == []
+        with pytest.raises(GrantError, match="older than one that was seen"):
+            world.keystore.store(first.document, first.bundle)
+    world.keystore.store(second.document, second.bundle)
+    # Forgetting the owner is the user's word that all of it is over.
+    world.keystore.forget_owner(world.server.url)
+    world.keystore.store(first.document, first.bundle)
+
+
+# --- two processes, and files that are not what they were ------------------------------------------------
+
+
+def test_two_processes_do_not_fill_one_folder(world):
+    (fetched,) = world.fetch()
+    folder = folder_of(fetched)
+    shutil.rmtree(folder)
+    held = lock_exclusively(folder.with_name(folder.name + ".lock"))
+    with pytest.raises(FetchError, match="another process is fetching cells"):
+        world.fetch()
+    os.close(held)
+    assert not folder.exists()
+    (again,) = world.fetch()
+    assert again.downloaded == 20
+
+
+def test_a_record_that_the_disk_spoilt_is_fetched_again(world):
+    (fetched,) = world.fetch()
+    records = folder_of(fetched) / archive.RECORDS
+    data = bytearray(records.read_bytes())
+    data[len(data) // 2] ^= 1
+    records.write_bytes(data)
+    (again,) = world.fetch()
+    assert again.downloaded > 0
+    assert [len(split) for split in pixels(again)] == [15, 5]
+
+
+@pytest.mark.parametrize("damage", ["claims more", "index cut", "index gone"])
+def test_a_half_written_download_is_not_taken_for_more_than_it_is(world, damage):
+    (fetched,) = world.fetch()
+    folder = folder_of(fetched)
+    part = folder.with_name(folder.name + ".part")
+    folder.rename(part)
+    (part / archive.MANIFEST).unlink()
+    state = json.loads((part / "fetch.json").read_bytes())
+    size = (part / archive.RECORDS).stat().st_size
+    if damage == "claims more":
+        # What a second process, or a power failure, may leave: the state of records that are not here.
+        with (part / archive.RECORDS).open("r+b") as file:
+            file.truncate(size // 2)
+        (part / "fetch.json").write_text(json.dumps(state | {"records": 18}))
+    elif damage == "index cut":
+        (part / archive.INDEX).write_bytes((part / archive.INDEX).read_bytes()[:-5])
+    else:
+        (part / archive.INDEX).unlink()
+    (again,) = world.fetch()
+    assert [len(split) for split in pixels(again)] == [15, 5]
+
+
+def test_a_disk_without_room_is_named_before_anything_is_fetched(world, monkeypatch):
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _path: SimpleNamespace(free=100))
+    with pytest.raises(FetchError, match="does not fit on the disk"):
+        world.fetch()
+    assert not world.asked("records")
+
+
+# --- the keystore ----------------------------------------------------------------------------------------
+
+
+def test_processes_that_make_a_keystore_at_once_make_one(tmp_path):
+    path, key = tmp_path / "keystore.db", tmp_path / "keystore.key"
+    barrier, errors = threading.Barrier(8), []
+
+    def work(number):
+        barrier.wait()
+        try:
+            with Keystore(path, key_file=key) as opened:
+                opened.pin(f"https://owner-{number}", bytes([number]) * 32)
+        except KeystoreError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    with Keystore(path, key_file=key) as opened:
+        assert len(opened.owners()) == 8
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["keystore.db", "keystore.key"]
+
+
+def test_a_secret_is_made_once(tmp_path):
+    assert create_secret(tmp_path / "new" / "key", b"first")
+    assert not create_secret(tmp_path / "new" / "key", b"second")
+    assert (tmp_path / "new" / "key").read_bytes() == b"first"
+    assert (tmp_path / "new" / "key").stat().st_mode & 0o777 == 0o600
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_a_full_disk_costs_the_keystore_nothing_that_it_held(world):
+    (fetched,) = world.fetch()
+    pages = world.keystore._connection.execute("PRAGMA page_count").fetchone()[0]
+    world.keystore._connection.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(KeystoreError, match="full"):
+        for number in range(100):
+            world.keystore.pin(f"https://{number}" + "x" * 500, bytes(32))
+    held = world.keystore.held(fetched.document.owner, "cells")
+    assert held.bundle.key_id == fetched.bundle.key_id
+
+
+@pytest.mark.parametrize("change", ["salt = NULL", "cost = 3", "cost = 'x'", "cost = 1 << 40", "salt = 7"])
+def test_a_damaged_head_is_named(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(keystores, "SCRYPT_COST", 2)
+    path = tmp_path / "keystore.db"
+    with Keystore(path, passphrase="long enough") as opened:
+        opened._connection.execute(f"UPDATE head SET {change}")
+    with pytest.raises(KeystoreError, match="damaged"):
+        Keystore(path, passphrase="long enough")
+
+
+def test_a_folder_in_the_keystores_place_is_named(tmp_path):
+    (tmp_path / "keystore.db").mkdir()
+    with pytest.raises(KeystoreError, match="cannot be used"):
+        Keystore(tmp_path / "keystore.db", key_file=tmp_path / "key")
