@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
@@ -379,9 +379,9 @@ class Keystore:
             ) from exc
 
 
-def _derive(salt: object, cost: object, key_file: Path | None, passphrase: str | None) -> bytes:
-    sound = isinstance(salt, bytes) and isinstance(cost, int) and 2 <= cost <= 1 << 22
-    if not sound or cost & (cost - 1):
+def _derive(salt: Any, cost: Any, key_file: Path | None, passphrase: str | None) -> bytes:
+    plain = isinstance(salt, bytes) and isinstance(cost, int)
+    if not (plain and 2 <= cost <= 1 << 22 and cost & (cost - 1) == 0):
         raise KeystoreError("the keystore's head is damaged", remedy="Restore it, or fetch again")
     if passphrase is not None:
         if not passphrase:
