@@ -233,6 +233,17 @@ class ProvisionConfig:
 
 
 @dataclass
+class ReportConfig:
+    """``report.html``: ``full``, ``brief`` (no images, no figures of the cipher) or ``none``.
+
+    ``keys``: random keys that the figures of the cipher are taken over.
+    """
+
+    name: str = "full"
+    keys: int = 5
+
+
+@dataclass
 class Config:
     """Everything a script may be told."""
 
@@ -250,6 +261,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     provision: ProvisionConfig = field(default_factory=ProvisionConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     allow_targets: list[str] = field(default_factory=list)
     action: str = ""
     sites: list[str] = field(default_factory=list)
@@ -333,6 +345,12 @@ def check(config: Config) -> None:
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
     _one_of("runtime.tls", config.runtime.tls, ("auto", "on", "off"))
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
+    _one_of("report", config.report.name, ("full", "brief", "none"))
+    _require(
+        0 <= config.report.keys <= 100_000,
+        f"report.keys={config.report.keys} is out of range",
+        "Set report.keys to 5, or to 0 to measure nothing",
+    )
     _one_of("runtime.database", config.runtime.database, ("disk", "memory"))
     _check_images(config)
     _check_training(config)

@@ -582,6 +582,27 @@ class OwnerHomeError(FlepError):
     code = "owner_home"
 
 
+# --- reports -------------------------------------------------------------------------------------
+
+
+class ResultsError(DataError):
+    """A folder holds no results that a report could be made of."""
+
+    code = "results"
+
+
+class DamagedResultsError(ResultsError):
+    """A file that a run left is not JSON, or not of the form that the run wrote."""
+
+    code = "results_damaged"
+
+
+class MixedResultsError(ResultsError):
+    """A folder holds results that do not belong into one report."""
+
+    code = "results_mixed"
+
+
 PUBLIC_CODES: frozenset[str] = frozenset(
     cls.code
     for cls in (

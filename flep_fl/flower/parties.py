@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flep_fl.config import ckks_line
 from flep_fl.contracts.errors import IdleTimeoutError
 from flep_fl.entry import kit_config, output_dir, require
 from flep_fl.provision.kits import CLOUD, CloudKit, load_cloud_kit, load_site_kit
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
-from flep_fl.reporting.results import build_results, write_json
+from flep_fl.reporting.results import REPORT, build_results, write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -37,6 +37,7 @@ def run_server(cfg: DictConfig) -> None:
     security = cloud_security(kit, config)
     from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
     from flep_fl.flower.processes import stop_on_signals
+    from flep_fl.flower.run_report import write_cloud_report
     from flep_fl.flower.runtime.cloud import run_cloud
 
     # A resumed run goes on in its own folder, so that what it leaves is whole.
@@ -45,8 +46,8 @@ def run_server(cfg: DictConfig) -> None:
     warn_few_contributors(config.federation.min_contributors, progress)
     progress(ckks_line(config))
 
-    def write_results() -> None:
-        results = build_results(
+    def results_now() -> dict[str, Any]:
+        return build_results(
             cloud=config.cloud.trust,
             sites=sorted(kit.federation.sites),
             parameters=strategy.parameters,
@@ -54,7 +55,9 @@ def run_server(cfg: DictConfig) -> None:
             config_digest=kit.federation.digest,
             closing_failures=strategy.closing_failures,
         )
-        write_json(out / "results.json", results)
+
+    def write_results() -> None:
+        write_json(out / "results.json", results_now())
 
     strategy = cloud_strategy(
         kit, config, out / CLOUD, on_event=progress, on_rounds=write_results, resume=saved
@@ -76,8 +79,11 @@ def run_server(cfg: DictConfig) -> None:
             )
         finally:
             write_results()
+            write_cloud_report(out / CLOUD, config, results_now(), dict(kit.federation.shared))
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
+    if config.report.name != "none":
+        progress(f"report: {out / CLOUD / REPORT}")
 
 
 def _saved_run(resume: Path, kit: CloudKit, config: Config) -> SavedRun:

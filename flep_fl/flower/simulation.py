@@ -13,6 +13,7 @@ from flep_fl.entry import output_dir
 from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
+from flep_fl.flower.run_report import write_run_report
 from flep_fl.provision.kits import OWNER, create_kits, load_cloud_kit, load_owner_kit, load_site_kit
 from flep_fl.provision.owner import release_data_set
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
@@ -44,7 +45,7 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     config
         The whole configuration.
     out
-        Run directory: ``results.json``, ``cloud/``, ``sites/<name>/``.
+        Run directory: ``results.json``, ``report.html``, ``cloud/``, ``sites/<name>/``.
 
     Returns
     -------
@@ -88,8 +89,11 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
                 restore=release.restore,
             )
             write_json(out / "results.json", results)
+    report = write_run_report(out, config, results, release.sample, title="Simulated run", on_event=progress)
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
+    if report is not None:
+        progress(f"report: {report}")
     return results
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,14 @@ class Release:
         Numbers of records released, by site.
     restore
         Quality of a sample after restoration.
+    sample
+        These images, plain: for a report on the owner's own side.
     """
 
     train: dict[str, int]
     test: dict[str, int]
     restore: RestoreQuality
+    sample: Sequence[OwnerImage] = field(default=(), repr=False)
 
 
 def release_data_set(
@@ -157,6 +160,7 @@ def release_data_set(
         train={name: len(part) for name, part in zip(names, parts, strict=True)},
         test={name: len(share) for name, share in zip(names, shares, strict=True)},
         restore=restore_quality(source, cipher, denoise, restore_order(config)),
+        sample=restore_sample(source),
     )
 
 
@@ -203,9 +207,7 @@ def restore_quality(
     order: RestoreOrder,
 ) -> RestoreQuality:
     """Encrypt and restore a sample of the owner's images; mean PSNR with and without the denoiser."""
-    step = max(1, len(source.images) // RESTORE_SAMPLE)
-    chosen = [source.images[index] for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]]
-    pairs = ((plain, cipher.encrypt(stacked([plain]))[0]) for plain in chosen)
+    pairs = ((plain, cipher.encrypt(stacked([plain]))[0]) for plain in restore_sample(source))
     return compared(pairs, cipher, denoise, order)
 
 
@@ -235,6 +237,12 @@ def compared(
         best = restore(cipher, envelopes, denoise, order)[0] if denoise else None
         restored.append(noisy[-1] if best is None else psnr(image, best))
     return RestoreQuality(_mean(restored), _mean(noisy))
+
+
+def restore_sample(source: OwnerImages) -> list[OwnerImage]:
+    """Return images spread over the data set, :data:`RESTORE_SAMPLE` at most."""
+    step = max(1, len(source.images) // RESTORE_SAMPLE)
+    return [source.images[index] for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -91,6 +91,11 @@ def number(value: float | None, digits: int, none: str = "-") -> str:
 
 def table_one(report: Mapping[str, Any]) -> str:
     """Return the paper's Table I with our figures first; the last row is an ideal cipher's mean."""
+    return markdown(*rows_one(report))
+
+
+def rows_one(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of :func:`table_one`."""
     rows = [
         ["ours", name, *(number(_value(entry, key), digits) for _, key, digits in _COLUMNS)]
         for name, entry in report["images"].items()
@@ -103,11 +108,16 @@ def table_one(report: Mapping[str, Any]) -> str:
     for pixels in sorted(sizes):
         ideal = {"uaci": uaci_mean(), "npcr": npcr_mean(), "entropy": report["ideal_entropy"][str(pixels)]}
         rows.append(["ideal", f"{pixels} pixels", *(number(ideal.get(key), d) for _, key, d in _COLUMNS)])
-    return markdown(["source", "image", *(title for title, _, _ in _COLUMNS)], rows)
+    return ["source", "image", *(title for title, _, _ in _COLUMNS)], rows
 
 
 def table_further(report: Mapping[str, Any]) -> str:
     """Return what the paper does not report, per image."""
+    return markdown(*rows_further(report))
+
+
+def rows_further(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of :func:`table_further`."""
     rows = [
         [
             name,
@@ -118,11 +128,16 @@ def table_further(report: Mapping[str, Any]) -> str:
         ]
         for name, entry in report["images"].items()
     ]
-    return markdown(["image", *(title for title, _, _ in _FURTHER)], rows)
+    return ["image", *(title for title, _, _ in _FURTHER)], rows
 
 
 def table_layers(layers: Mapping[str, Any]) -> str:
     """Return the statistics after each layer (alone or cumulative)."""
+    return markdown(*rows_layers(layers))
+
+
+def rows_layers(layers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of :func:`table_layers`."""
     columns = (
         *_COLUMNS[:4],
         *_FURTHER[:4],
@@ -136,7 +151,7 @@ def table_layers(layers: Mapping[str, Any]) -> str:
         ]
         for layer, entry in layers.items()
     ]
-    return markdown(["layer", *(title for title, _, _ in columns)], rows)
+    return ["layer", *(title for title, _, _ in columns)], rows
 
 
 def table_pass_rates(report: Mapping[str, Any]) -> str:

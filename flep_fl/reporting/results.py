@@ -14,6 +14,12 @@ from typing import Any
 from flep_fl.contracts.files import write_atomic
 from flep_fl.contracts.records import RoundRecord, SiteFailure
 
+REPORT = "report.html"
+"""The page that every run leaves."""
+
+REPORT_DATA = "report_data.json"
+"""What the page shows beyond ``results.json``: settings, pictures. Private, as the page is."""
+
 _PACKAGES = ("flep-fl", "flwr", "torch", "torchvision", "tenseal", "pywavelets", "numpy", "cryptography")
 
 

@@ -107,6 +107,10 @@ def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
     for other in models[1:]:
         assert all(np.array_equal(other[key], models[0][key]) for key in models[0])
 
+    report = (parties.folder / "runs" / "cloud" / "cloud" / "report.html").read_text()
+    assert "cloud=untrusted" in report
+    assert "data:image/png" not in report
+    assert "PSNR" not in report
     for path in (parties.folder / "runs" / "cloud").rglob("*"):
         assert path.suffix not in {".npz", ".pt", ".safetensors"}
         if path.is_file():

@@ -17,7 +17,7 @@ from flep_fl.flower.simulation import seeded_entropy
 from flep_fl.provision.kits import CloudKit, create_kits, load_cloud_kit, load_owner_kit, load_site_kit
 from flep_fl.provision.owner import release_data_set
 
-SMALL = ("data=digits", "data.limit=240", "train.local_epochs=1")
+SMALL = ("data=digits", "data.limit=240", "train.local_epochs=1", "report=none")
 
 
 def make_config(*overrides: str, name: str = "simulate") -> Config:
