@@ -30,10 +30,10 @@ class ScratchFile:
 
     def write(self, data: bytes) -> None:
         """Replace the whole content."""
-        os.ftruncate(self._descriptor, 0)
         written = 0
         while written < len(data):
             written += os.pwrite(self._descriptor, data[written:], written)
+        os.ftruncate(self._descriptor, len(data))  # afterwards, so that the pages are not taken anew
 
     def close(self) -> None:
         """Empty the file and remove it."""

@@ -236,7 +236,8 @@ class _SealDecryption:
         loaded, plaintext = sealapi.Ciphertext(), sealapi.Plaintext()
         loaded.load(self._context, self._file.path)
         self._decryptor.decrypt(loaded, plaintext)
-        return np.array(self._encoder.decode_complex(plaintext), dtype=np.complex128).view(np.float64)
+        slots = self._encoder.decode_complex(plaintext)
+        return np.fromiter(slots, dtype=np.complex128, count=len(slots)).view(np.float64)
 
 
 class _TensealDecryption:

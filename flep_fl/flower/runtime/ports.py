@@ -163,9 +163,17 @@ class Refusals:
         if status != 401 and path not in _ARRIVALS:
             return None  # a run that is over, for instance
         if abs(age) > _CLOCK_TOLERANCE:
-            return f"site {site}, whose clock is {abs(age):.0f} s off (or somebody repeats its requests)"
+            return f"site {site}, {_clock_trouble(age)}"
         # Its node is one of an earlier SuperLink: it will come again by itself.
         return None if path not in _ARRIVALS else f"site {site} (status {status})"
+
+
+def _clock_trouble(age: float) -> str:
+    """Say what may be wrong with a request of that age in seconds."""
+    if age < 0.0:
+        return f"whose clock is {-age:.0f} s ahead"
+    # It may also have waited in the port's queue while the SuperLink was started again.
+    return f"whose request is {age:.0f} s old (a clock behind, or somebody repeats it)"
 
 
 async def _not_here(scope: Scope, receive: Receive, send: Send) -> None:

@@ -213,7 +213,9 @@ def test_the_log_says_once_who_was_refused() -> None:
         "refused a node that shows the key FINGERPRINT (site a) and does not prove it, at 192.0.2.9"
     ]
     (line,) = told(ACTIVATE, 401, late=4000)
-    assert line.startswith("refused site a, whose clock is 4000 s off")
+    assert line.startswith("refused site a, whose request is 4000 s old (a clock behind")
+    (line,) = told(ACTIVATE, 401, late=-4000)
+    assert line.startswith("refused site a, whose clock is 4000 s ahead")
 
 
 def test_what_is_no_refusal_of_a_party_is_not_said() -> None:
