@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from flep_fl.contracts.errors import ConfigError
+from flep_fl.contracts.errors import ConfigError, KitError, ProvisionInterruptedError
 from flep_fl.contracts.files import write_secret
 from flep_fl.provision import certificates
 from flep_fl.provision.dealer import STATE, Dealer, Ledger, load_dealer
@@ -47,7 +47,15 @@ from flep_fl.provision.settings import (
     tls_wanted,
     without_sites,
 )
-from flep_fl.provision.transaction import CREATING, commit, locked, resume, write_folder
+from flep_fl.provision.transaction import (
+    CREATING,
+    commit,
+    locked,
+    remove,
+    resume,
+    staged,
+    write_folder,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +129,7 @@ def create_kits(
     wanted = tls_wanted(tls, address)
     names = host_names(address, hosts)
     with locked(out):
-        _make_room(out, sites)
+        _make_room(out, (CLOUD, OWNER, *sites))
         # Until this mark is gone, the kits are refused, and the same command starts from the beginning.
         write_secret(out / CREATING, json.dumps([CLOUD, OWNER, *sites]).encode())
         dealer, kits = _found(
@@ -131,7 +139,7 @@ def create_kits(
             write_folder(out / party, files)
         prefix = f"{DEALER}/"
         write_folder(out / DEALER, {name.removeprefix(prefix): data for name, data in dealer.files().items()})
-        (out / CREATING).unlink()
+        remove(out / CREATING)
     return [out / party for party in kits]
 
 
@@ -168,6 +176,7 @@ def add_sites(
                 f"{', '.join(taken)}: there is such a site, or a kit of that name in {out}",
                 remedy="Choose another name; for new keys, revoke the site, remove its old kit and add it",
             )
+        _refuse_occupied(out, sites)
         shared = settled(old.shared, len(old.sites) + len(sites), revise)
         check_roles(shared, [*old.sites, *sites])
         new = {name: new_site(name, shared) for name in sites}
@@ -192,7 +201,7 @@ def add_sites(
             }
         return changed, fresh, []
 
-    return _apply(out, "add", sites, change)
+    return _apply(out, "add", sites, change, **cloud)
 
 
 def revoke_sites(
@@ -231,7 +240,7 @@ def revoke_sites(
             )
         return _rotated(dealer, without=sites, revise=revise, **cloud)
 
-    return _apply(out, "revoke", sites, change)
+    return _apply(out, "revoke", sites, change, **cloud)
 
 
 def rotate_keys(out: Path, *, revise: Revise = lambda shared: shared, **cloud: Any) -> Change:
@@ -251,27 +260,36 @@ def rotate_keys(out: Path, *, revise: Revise = lambda shared: shared, **cloud: A
     KitError
         The dealer's folder is missing or damaged.
     """
-    return _apply(out, "rotate", (), lambda dealer: _rotated(dealer, without=(), revise=revise, **cloud))
+
+    def change(dealer: Dealer) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
+        return _rotated(dealer, without=(), revise=revise, **cloud)
+
+    return _apply(out, "rotate", (), change, **cloud)
 
 
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def _make_room(out: Path, sites: Sequence[str]) -> None:
-    """Refuse to overwrite kits; remove what an interrupted creation left."""
+def _make_room(out: Path, parties: Sequence[str]) -> None:
+    """Refuse to overwrite kits or anything else; remove what an interrupted creation left.
+
+    What it left is in folders that were empty when it began, for it would not have begun otherwise.
+    """
     mark = out / CREATING
     for rest in out.glob(f".{CREATING}.*"):
         rest.unlink()  # a killed command's half-written mark
     if mark.exists():
-        with suppress(ValueError):  # killed before the mark was whole: nothing was written after it
-            for party in json.loads(mark.read_bytes()):
-                for path in (out / str(party)).glob("*"):
-                    if path.is_file():
-                        path.unlink()
-        for path in (out / DEALER).glob("*"):
-            path.unlink()
+        try:
+            begun = [str(party) for party in json.loads(mark.read_bytes())]
+        except (ValueError, TypeError) as exc:
+            raise KitError(f"{mark} is damaged", remedy="Remove it and what lies beside it") from exc
+        for party in (*begun, DEALER):
+            shutil.rmtree(staged(out / party), ignore_errors=True)
+            for path in (out / party).glob("*"):
+                if path.is_file():
+                    path.unlink()
         return
-    taken = [name for name in (CLOUD, OWNER, *sites) if (out / name / DESCRIPTION).exists()]
+    taken = [name for name in parties if (out / name / DESCRIPTION).exists()]
     if (out / DEALER / STATE).exists():
         taken.append(DEALER)
     if taken:
@@ -280,6 +298,17 @@ def _make_room(out: Path, sites: Sequence[str]) -> None:
             remedy="Choose another out= or remove the old kits yourself; to change a federation, use "
             "action=add, revoke or rotate",
         )
+    _refuse_occupied(out, (*parties, DEALER))
+
+
+def _refuse_occupied(out: Path, parties: Sequence[str]) -> None:
+    """Refuse to write kits into folders that hold anything."""
+    for party in parties:
+        if (out / party).exists() and any((out / party).iterdir()):
+            raise ConfigError(
+                f"{out / party} holds other files already; no kit is written among them",
+                remedy="Choose another out= or name, or empty that folder yourself",
+            )
 
 
 def _found(
@@ -418,10 +447,23 @@ def _apply(
     action: str,
     sites: Sequence[str],
     change: Callable[[Dealer], tuple[Dealer, dict[str, dict[str, bytes]], list[str]]],
+    *,
+    address: str | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> Change:
     """Read the dealer's folder, compute a change, and make it in one step."""
-    request = {"action": action, "sites": sorted(sites)}
+    request = {
+        "action": action,
+        "sites": sorted(sites),
+        "address": address,
+        "hosts": None if hosts is None else list(hosts),
+    }
     with locked(out):
+        if (out / CREATING).exists():
+            raise ProvisionInterruptedError(
+                f"The creation of the kits in {out} was interrupted",
+                remedy="Run the command with action=create again; nobody can have used these kits",
+            )
         resumed = resume(out) == request
         dealer = load_dealer(out)
         if resumed:

@@ -32,24 +32,54 @@ def interrupted(out: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep a second command away from ``out`` while the block runs.
+    """Keep a second command away from ``out`` while the block runs; name what the disk refuses it.
 
     Raises
     ------
     KitError
-        When another one is at work there.
+        When another one is at work there, or a file cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise KitError(
+            f"There can be no kits in {out} ({exc.strerror})",
+            remedy="Give out= a folder that you may write to",
+        ) from exc
+    try:
+        _lock(descriptor, out)
+        yield
+    except OSError as exc:
+        begun = interrupted(out)
+        raise KitError(
+            f"A file in {out} cannot be written ({exc.strerror}); "
+            + ("the change had begun and is not finished" if begun else "nothing was changed"),
+            remedy="Make room, or check the permissions, and run the same command again",
+        ) from exc
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as exc:
         raise KitError(
             f"Another `python -m scripts.provision` is at work in {out}", remedy="Wait for its end"
         ) from exc
-    finally:
-        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, where it is there, so that it does not come back after a loss of power."""
+    path.unlink(missing_ok=True)
+    if path.parent.exists():
+        _sync(path.parent)
+
+
+def staged(folder: Path) -> Path:
+    """Return where a new kit is written before it appears as ``folder``."""
+    return folder.with_name(f".{folder.name}.new")
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -59,7 +89,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name in sorted(files, key=lambda name: name == MANIFEST):
             write_secret(folder / name, files[name])
         return
-    stage = folder.with_name(f".{folder.name}.new")
+    stage = staged(folder)
     _write_plain(stage, files)
     stage.replace(folder)
     _sync(folder.parent)
@@ -116,7 +146,7 @@ def resume(out: Path) -> dict[str, Any] | None:
             rest.unlink()  # a killed command's half-written file
         write_secret(path, read_bytes(pending / str(number), what="The interrupted change", error=KitError))
     for name in removed:
-        (out / name).unlink(missing_ok=True)
+        remove(out / name)
     pending.rename(done)
     _sync(out / DEALER)
     shutil.rmtree(done)

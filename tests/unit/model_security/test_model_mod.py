@@ -123,10 +123,11 @@ def test_a_payload_that_is_no_sealed_sum_is_refused(site: Site, payload: Any) ->
     "first",
     [
         ConfigRecord({"w": 1}),
+        ConfigRecord({}),
         ArrayRecord({"w": Array("float32", (4,), "numpy.ndarray", b"no array")}),
         ArrayRecord({"w": Array("float32", (4,), "another.type", b"")}),
     ],
-    ids=["record", "bytes", "type"],
+    ids=["record", "empty record", "bytes", "type"],
 )
 def test_a_first_model_that_cannot_be_read_is_refused(site: Site, first: Any) -> None:
     message = site.message("hello", 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -80,6 +82,40 @@ def killed_at(number: int, action: Callable[[Path], Any], out: Path) -> bool:
     return False
 
 
+def refused_at(number: int, action: Callable[[Path], Any], out: Path) -> str:
+    """Run ``action`` in a child whose disk is full from its ``number``-th change of a file on.
+
+    Returns what it said, or nothing where it came to its end before.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        left = number
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if event not in {"open", "os.rename", "os.mkdir"} or not str(arguments[0]).startswith(str(out)):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+            left -= 1
+            if left <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        try:
+            sys.addaudithook(hook)
+            action(out)
+        except KitError as exc:
+            os.write(writing, str(exc).encode())
+        except BaseException as exc:
+            os.write(writing, f"not named: {exc!r}".encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        return pipe.read().decode()
+
+
 def seen(out: Path, parties: tuple[str, ...]) -> set[tuple[int, int] | str]:
     """Return which states the parties see: (generation, revision), or why they refuse their kits."""
     found: set[tuple[int, int] | str] = set()
@@ -94,6 +130,29 @@ def seen(out: Path, parties: tuple[str, ...]) -> set[tuple[int, int] | str]:
         except KitError as exc:
             found.add(f"{type(exc).__name__}: {exc.problem[:40]}")
     return found
+
+
+def check_full_disk(name: str, number: int, made: Path | None, out: Path) -> bool:
+    """Fill the disk at one step: the command says so, and what it says of the kits is true."""
+    if made is not None:
+        shutil.copytree(made, out)
+    before = seen(out, SITES)
+    said = refused_at(number, ACTIONS[name], out)
+    new, parties = AFTER[name], PARTIES[name]
+    if said:
+        assert "No space left on device" in said, f"step {number}: {said}"
+        begun, nowhere = "had begun" in said, "There can be no kits" in said
+        assert nowhere or "the same command again" in said, f"step {number}: {said}"
+        assert begun or nowhere or "nothing was changed" in said, f"step {number}: {said}"
+        assert seen(out, SITES) == ({"interrupted"} if begun else before), f"step {number}: {said}"
+        ACTIONS[name](out)
+    assert seen(out, parties) == {new}, f"step {number}: done once, not twice"
+    rest = [path for path in out.rglob("*") if path.name.startswith((".", "pending"))]
+    assert rest == [], f"step {number}"
+    return bool(said)
+
+
+Check = Callable[[str, int, Path | None, Path], bool]
 
 
 def check_kill(name: str, number: int, made: Path | None, out: Path) -> bool:
@@ -135,13 +194,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(name: str, made: Path, folder: Path, numbers: range) -> int:
+def run(name: str, made: Path, folder: Path, numbers: range, check: Check = check_kill) -> int:
     """Check many steps; return how many were checked before the command came to its end."""
     for count, number in enumerate(numbers):
         out = folder / f"kits-{number}"
-        killed = check_kill(name, number, None if name == "create" else made, out)
+        stopped = check(name, number, None if name == "create" else made, out)
         shutil.rmtree(out)
-        if not killed:
+        if not stopped:
             return count
     raise AssertionError("the command has more steps than were tried")
 
@@ -160,6 +219,106 @@ def test_a_kill_at_some_steps_leaves_the_old_state_or_the_new_one(
 ) -> None:
     """The same for a few steps: before, at and after the moment of change."""
     assert run(name, made, tmp_path, range(1, 400, 12)) > 4
+
+
+@pytest.mark.parametrize("name", ["create", "add", "revoke", "rotate"])
+@pytest.mark.slow
+def test_a_full_disk_at_any_step_is_named_and_mended_by_the_same_command(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    assert run(name, made, tmp_path, range(1, 400), check_full_disk) > 30
+
+
+@pytest.mark.parametrize("name", ["create", "rotate"])
+def test_a_full_disk_at_some_steps_is_named_and_mended_by_the_same_command(
+    name: str, made: Path, tmp_path: Path
+) -> None:
+    assert run(name, made, tmp_path, range(1, 400, 25), check_full_disk) > 1
+
+
+def test_what_lay_in_a_folder_before_is_not_touched(tmp_path: Path) -> None:
+    """Neither by a creation there nor by one that ends what an interrupted one had begun."""
+    out = tmp_path / "out"
+    for party in ("a", "cloud", "dealer"):
+        (out / party).mkdir(parents=True)
+        (out / party / "notes.txt").write_text("mine")
+        with pytest.raises(ConfigError, match=f"{party} holds other files"):
+            create(out)
+        assert [path.name for path in out.rglob("*")] == [party, "notes.txt"]
+        shutil.rmtree(out / party)
+    create(out)
+    (out / "d").mkdir()
+    (out / "d" / "signing.key").write_text("mine")
+    with pytest.raises(ConfigError, match="d holds other files"):
+        add_sites(out, ["d"])
+    assert (out / "d" / "signing.key").read_text() == "mine"
+
+
+def test_an_interrupted_creation_leaves_no_key_of_a_site_that_is_left_out_the_second_time(
+    tmp_path: Path,
+) -> None:
+    """The stage of a kit holds its secrets; another list of sites the second time must not leave it there."""
+    out = tmp_path / "kits"
+    for folder in (".c.new", "c"):
+        (out / folder).mkdir(parents=True)
+        (out / folder / "signing.key").write_bytes(b"secret")
+    (out / ".creating").write_text(json.dumps(["cloud", "owner", *SITES]))
+    shared = shared_part(make_config("federation.sites=2", "federation.min_contributors=2"))
+    create_kits(shared, ["a", "b"], out, address=ADDRESS)
+    assert not list(out.rglob(".*")) and not list(out.glob("c/*"))
+
+
+def test_nothing_is_changed_where_the_creation_was_interrupted(tmp_path: Path) -> None:
+    create(tmp_path / "kits")
+    (tmp_path / "kits" / ".creating").write_text(json.dumps(["cloud", "owner", *SITES]))
+    for action in (rotate_keys, lambda out: add_sites(out, ["d"]), lambda out: revoke_sites(out, ["c"])):
+        with pytest.raises(ProvisionInterruptedError, match="action=create again"):
+            action(tmp_path / "kits")
+    (tmp_path / "kits" / ".creating").write_text("{")
+    with pytest.raises(KitError, match="damaged"):
+        create(tmp_path / "kits")
+
+
+def test_an_interrupted_change_does_not_swallow_another_one(made: Path, tmp_path: Path) -> None:
+    """The same action for another address is another change: the first is finished, then it is done too."""
+    out = tmp_path / "kits"
+    shutil.copytree(made, out)
+    for number in range(60, 400, 4):
+        assert killed_at(number, lambda out: rotate_keys(out, address="127.0.0.1:1111"), out)
+        if (out / "dealer" / "pending").exists():
+            break
+        shutil.rmtree(out)
+        shutil.copytree(made, out)
+    change = rotate_keys(out, address="127.0.0.1:2222")
+    assert (change.resumed, change.federation.address) == (False, "127.0.0.1:2222")
+    assert change.federation.generation == 3
+
+
+def test_commands_at_the_same_time_are_done_one_by_one_or_refused(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kits"
+    shutil.copytree(made, out)
+    children = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                rotate_keys(out)
+            except KitError as exc:
+                os._exit(7 if "at work" in str(exc) else 3)
+            except BaseException:
+                os._exit(4)
+            os._exit(0)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert set(codes) <= {0, 7} and 0 in codes, codes
+    assert seen(out, SITES) == {(1 + codes.count(0), 0)}
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_place_that_can_hold_no_kits_is_named(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KitError, match="There can be no kits"):
+        create(tmp_path / out)
 
 
 def test_the_search_sees_a_mix_where_nobody_refuses_it(
