@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,25 @@ from flep_fl.data_analyst.train import evaluate, train_local
 from flep_fl.flower.models import export_model, write_model
 from flep_fl.flower.sessions import session_factory
 from flep_fl.flower.site_data import SiteData, load_site_data
-from flep_fl.model_security.mod import ckks_mod
+from flep_fl.model_security.mod import Mod, ckks_mod
 from flep_fl.model_security.session import AnalystSession, Arrays
 from flep_fl.provision.kits import SiteKit
+
+
+@dataclass(frozen=True, slots=True)
+class SiteChanges:
+    """How a site departs from the ordinary one.
+
+    Attributes
+    ----------
+    mods
+        Flower mods round the training, inside the encryption (``LocalDpMod``, say).
+    data
+        Turns the restored images into those that the site works with.
+    """
+
+    mods: Sequence[Mod] = ()
+    data: Callable[[SiteData], SiteData] = lambda data: data
 
 
 @dataclass(slots=True)
@@ -54,6 +70,7 @@ def prepare_site(
     out: Path,
     *,
     state: Path | None = None,
+    changes: SiteChanges = SiteChanges(),  # frozen
     on_event: Callable[[str], None] = lambda _line: None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Site:
@@ -69,6 +86,8 @@ def prepare_site(
         This site's folder in the run directory.
     state
         Folder of the ledger; ``state`` in the kit where None.
+    changes
+        How this site departs from the ordinary one.
     on_event
         Gets one line of progress at a time.
     on_progress
@@ -85,7 +104,7 @@ def prepare_site(
         ``restore.order``.
     """
     make_session = session_factory(kit, config, state or kit.folder / "state")
-    data = load_site_data(kit, config, archive, on_event=on_event, on_progress=on_progress)
+    data = changes.data(load_site_data(kit, config, archive, on_event=on_event, on_progress=on_progress))
     on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
     classes, channels = len(data.description.classes), data.train.images.shape[1]
 
@@ -100,6 +119,7 @@ def prepare_site(
         config,
         kit.name,
         data,
+        mods=changes.mods,
         on_model=partial(write_model, model_file),
         on_close=partial(export_model, out),
     )
@@ -112,6 +132,7 @@ def _client_app(
     name: str,
     data: SiteData,
     *,
+    mods: Sequence[Mod],
     on_model: Callable[[Arrays], object],
     on_close: Callable[[Arrays], object],
 ) -> ClientApp:
@@ -129,7 +150,8 @@ def _client_app(
         )
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    app = ClientApp(mods=[ckks_mod(session, evaluate=evaluate_model, on_model=on_model, on_close=on_close)])
+    outermost = ckks_mod(session, evaluate=evaluate_model, on_model=on_model, on_close=on_close)
+    app = ClientApp(mods=[outermost, *mods])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

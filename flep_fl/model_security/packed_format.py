@@ -101,6 +101,11 @@ class PackedPayload:
             residues, seed = self._polynomials(index)
             yield _seal_ciphertext(residues, seed, self._profile, self._parameters)
 
+    def residues(self) -> Iterator[list[Residues]]:
+        """Yield each ciphertext's first polynomial: a row per prime, in NTT form; no key is needed."""
+        for index in range(self._count):
+            yield self._polynomials(index)[0]
+
     def _polynomials(self, index: int) -> tuple[list[Residues], bytes]:
         start = index * self._step
         part = self._data[start : start + self._step]

@@ -27,6 +27,7 @@ ALLOWED = {
     "flower": INNER | SECURITY | ROOMS | OUTER | {"config", "entry"},
     "provision": INNER | SECURITY | ROOMS | OUTER | {"config", "entry"},
     "reporting": INNER | SECURITY | ROOMS,
+    "attacks": INNER | SECURITY | ROOMS | OUTER | {"config", "entry"},
 }
 CLOUD_MAY_USE = {"adder", "seal", "layout", "profiles"}
 

@@ -1,0 +1,1 @@
+"""What an adversary can do. Imported by no room; every attack works on what a real run left."""
