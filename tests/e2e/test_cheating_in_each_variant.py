@@ -265,6 +265,26 @@ def test_a_second_order_gets_the_same_bytes(tmp_path: Path, profile: Profile, tr
     assert all(cloud.federation.analysts[name].trained == [1, 2] for name in "abc")
 
 
+def test_an_older_sum_is_not_accepted_again(tmp_path: Path, profile: Profile, trust: str) -> None:
+    cloud = Cloud(tmp_path, profile, trust)
+    sums = []
+    for number in (1, 2):
+        cloud.honest(number)
+        sums.append(cloud.strategy._sum)
+    assert cloud.codes(3, "abc") == {"ok"}
+    models = {name: np.array(cloud.session(name).model["w"]) for name in "abc"}
+    for restart in (False, True):
+        for name in "abc" if restart else "":
+            cloud.federation.restart(name)
+        cloud.strategy._sum = sums[0]
+        for member in cloud.strategy.members.present.values():
+            member.has_sum = ""
+        assert cloud.codes(3, "abc") == {"stale"}
+        for name in "abc":
+            assert cloud.session(name).accepted_round == 2
+            assert np.array_equal(cloud.session(name).model["w"], models[name])
+
+
 def test_sites_that_were_shown_two_sums_cannot_be_added_up(
     tmp_path: Path, profile: Profile, trust: str
 ) -> None:

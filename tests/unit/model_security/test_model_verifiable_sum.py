@@ -272,6 +272,20 @@ def test_a_long_vector_and_many_sites(federation):
         verify_sum(*arguments, headers, vector, checks, tolerance)
 
 
+def test_a_shift_of_25_tolerances_passes_as_rarely_as_stated(federation):
+    """One check value lets it pass in 3 % of the rounds, and there are eight of them: about 2^-40."""
+    rng, tolerance, length = np.random.default_rng(1), DEFAULT.tolerance(10), 60
+    spread = rng.normal(size=length)
+    for shift in (spread, np.eye(length)[3], np.ones(length)):
+        shift = shift * 25 * tolerance / np.sqrt(np.mean(shift**2))
+        rounds = [replace(federation.context, round=number) for number in range(1000)]
+        noise = rng.normal(0, DEFAULT.noise_std(10) * np.sqrt(2), (len(rounds), CHECK_SLOTS))
+        found = noise + [project(federation.check_key, context, shift) for context in rounds]
+        passes = np.mean(np.abs(found) <= tolerance)
+        assert 0.01 < passes < 0.04
+        assert -53 < 8 * np.log2(passes) < -37
+
+
 def test_another_key_round_nonce_or_number_of_check_values_is_refused(federation):
     headers, vector, checks = simulated(federation, 100, 3)
     key, context, tolerance = federation.check_key, federation.context, DEFAULT.tolerance(3)
