@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 NAMED = re.compile(r"`(?:tests/)?([\w/]+\.py)?(?:::(\w+))?`")
 
 
@@ -32,3 +33,31 @@ def test_the_tests_that_a_page_names_exist(page: str) -> None:
         assert paths, f"{page} names {file}"
         assert paths[0].exists(), f"{page} names {file}"
         assert not test or f"def {test}(" in paths[0].read_text(), f"{page} names {file}::{test}"
+
+
+FILE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:py|yaml))`")
+"""A file of ours in a page; without a folder it may be one of the user's own, so only ``.py`` counts then."""
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", *(f"docs/{p.name}" for p in DOCS)])
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    named = {name for name in FILE.findall((ROOT / page).read_text()) if "/" in name or name.endswith(".py")}
+    missing = [
+        name
+        for name in named
+        if not any((folder / name).is_file() for folder in (ROOT, ROOT / "flep_fl", ROOT / "tests"))
+        and not ("/" not in name and name.startswith("test_"))  # the tests above look for these
+    ]
+    assert not missing, f"{page} names {', '.join(sorted(missing))}"
+
+
+def test_the_life_of_one_image_names_a_file_for_every_step() -> None:
+    page = (ROOT / "docs" / "data-owner.md").read_text()
+    table = page[page.index("| step |") : page.index("## Devices")]
+    rows = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    steps = [row.split("|")[1].strip() for row in rows]
+    assert steps[0] == "enrol" and {"shutter", "store", "release", "fetch", "gradient"} <= set(steps)
+    for row in rows:
+        files = FILE.findall(row.split("|")[3])
+        assert files, row
+        assert all((ROOT / "flep_fl" / name).is_file() for name in files), row
