@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,6 +190,13 @@ def approve(
     return Approval.from_bytes(signed.to_bytes())
 
 
+def audited(approval: Approval) -> dict[str, Any]:
+    """Return what the audit log's line about a statement says."""
+    fields = approval._fields()
+    del fields["signature"]
+    return fields
+
+
 class DeviceRegistry:
     """The approvals on file, and what follows from them.
 
@@ -232,8 +239,24 @@ class DeviceRegistry:
         """How many administrators must approve an enrolment."""
         return self._threshold
 
-    def apply(self, approval: Approval, *, now: float | None = None) -> tuple[Device, bool]:
+    def apply(
+        self,
+        approval: Approval,
+        *,
+        now: float | None = None,
+        before: Callable[[Approval], None] = lambda _approval: None,
+    ) -> tuple[Device, bool]:
         """Take a statement in, on disk before this returns.
+
+        Parameters
+        ----------
+        approval
+            The statement.
+        now
+            Seconds since 1970; this machine's clock where None.
+        before
+            Called once the statement is known to count, and before it does: writes its line into the audit
+            log. What it raises keeps the statement out, so none ever counts without a line.
 
         Returns
         -------
@@ -253,6 +276,7 @@ class DeviceRegistry:
         if approval.to_bytes() in self._seen:
             return self.device(approval.device, now=moment), False
         self._check_in_turn(approval, moment)
+        before(approval)
         self._append(approval)
         self._take(approval)
         return self.device(approval.device, now=moment), True

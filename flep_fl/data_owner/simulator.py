@@ -302,6 +302,7 @@ def play(
     *,
     dataset: str,
     split: str | None = None,
+    source: str = "",
     rate: float,
     patience: float = float("inf"),
     on_event: Callable[[str], None] = lambda _: None,
@@ -319,6 +320,8 @@ def play(
         Functions that read one image each.
     dataset, split
         Where the images go.
+    source
+        What the list is called: another list of the same length is not taken for the rest of this one.
     rate
         Images per second, > 0.
     patience
@@ -339,7 +342,7 @@ def play(
     """
     played = Played()
     with device.in_use(), _poster(device, post) as send:
-        digest = hashlib.sha256(f"{dataset}/{split}/{len(shots)}".encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([dataset, split, len(shots), source]).encode()).hexdigest()
         start = device.start_list(digest, length=len(shots))
         if start:
             on_event(f"goes on with image {start + 1} of {len(shots)}, number {device.state.next}")

@@ -14,7 +14,7 @@ from flep_fl.contracts.files import read_bytes, write_atomic
 from flep_fl.contracts.owner_api import read_error
 from flep_fl.contracts.request_signing import sign_request
 from flep_fl.data_owner.certificates import client_context
-from flep_fl.data_owner.enrolment import Action, Approval, Device, DeviceRegistry, approve
+from flep_fl.data_owner.enrolment import Action, Approval, Device, DeviceRegistry, approve, audited
 from flep_fl.data_owner.home import OwnerHome, load_home
 from flep_fl.data_owner.simulator import Device as DeviceFolder
 from flep_fl.data_owner.simulator import Shot, play
@@ -102,6 +102,7 @@ def run_play(config: OwnerConfig) -> None:
             shots,
             dataset=config.dataset or dataset,
             split=config.split,
+            source=str(Path(config.images).resolve()) if config.images else config.data.name,
             rate=config.rate,
             patience=config.patience,
             on_event=progress,
@@ -224,7 +225,10 @@ def _hand_in(config: OwnerConfig, home: OwnerHome, approval: Approval) -> dict[s
         registry = _registry(home)
         log = audit_log(config, home)
         try:
-            device, new = registry.apply(approval)
+            device, new = registry.apply(
+                approval,
+                before=lambda one: log.append("device.statement", durable=True, **audited(one)),
+            )
             shown = _shown(device)
             if new:
                 word = "approved" if approval.action == "enrol" else "suspended"

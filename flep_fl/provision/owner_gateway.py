@@ -22,6 +22,8 @@ from flep_fl.provision.owner_config import ListenerConfig, OwnerConfig, need
 from flep_fl.reporting.console import say
 
 LISTENERS = ("ingest", "release", "admin")
+_FILES = 256
+"""File descriptors beside those of connections: database, logs, libraries."""
 
 
 def run_dataset(config: OwnerConfig) -> None:
@@ -68,6 +70,7 @@ def run_serve(config: OwnerConfig) -> None:
         name: PeerFilter(rules, name, parse_address(getattr(config, name).address)[1]) for name in LISTENERS
     }
     check_exposure(config)
+    raise_file_limit(sum(getattr(config, name).connections for name in LISTENERS))
     # Only now what is heavy: a wrong setting is answered before it loads.
     from flep_fl.data_owner.gateway.server import bind, serve
 
@@ -214,6 +217,30 @@ def check_exposure(config: OwnerConfig) -> None:
                 f"tls=false with {name}.address={getattr(config, name).address} would show all to others",
                 remedy="Leave tls=true, or listen on loopback",
             )
+
+
+def raise_file_limit(connections: int) -> None:
+    """Let this process have a file descriptor for each connection that it may have, and some for its files.
+
+    Without it, peers who open connections could take those that database and audit log need.
+
+    Raises
+    ------
+    ConfigError
+        The system does not allow as many.
+    """
+    import resource
+
+    needed = connections + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{connections} connections need {needed} open files, and this system allows {hard}",
+            remedy="Lower ingest.connections, release.connections and admin.connections, or raise ulimit -n",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def is_loopback(host: str) -> bool:

@@ -417,6 +417,31 @@ def test_a_device_plays_a_list_and_goes_on_after_it_was_killed(
     assert numbers(gateway.home, "player") == [1, 2, 3, 4, 5, 6]
 
 
+def test_another_list_of_the_same_length_is_played_whole(tmp_path: Path) -> None:
+    """The first list was interrupted after two of its images; the second one is no rest of it."""
+    made = Device.create(tmp_path / "cam", name="cam-1", gateway="http://x", ca=None)
+    sent: list[bytes] = []
+
+    def post(url: str, body: bytes, headers: dict[str, str]) -> Any:
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        sent.append(body)
+        return Reply(201)
+
+    with pytest.raises(KeyboardInterrupt):
+        play(made, shots(4), dataset=DATASET, source="monday", rate=1e6, post=post)
+    sent.clear()
+    rest = play(
+        Device(made.folder),
+        shots(4),
+        dataset=DATASET,
+        source="tuesday",
+        rate=1e6,
+        post=lambda _url, body, _headers: (sent.append(body), Reply(201))[1],
+    )
+    assert rest.stored == 4 and len(sent) == 4
+
+
 def test_a_device_that_lost_its_state_goes_on_after_the_gateways_last_number(
     gateway: GatewayProcess, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 
 from flep_fl.contracts.errors import EnrolmentError, RegistryFullError
 from flep_fl.contracts.owner_store import ImageStore
-from flep_fl.data_owner.enrolment import Approval, Device, DeviceRegistry
+from flep_fl.data_owner.enrolment import Approval, Device, DeviceRegistry, audited
 from flep_fl.data_owner.gateway.callers import Callers
 from flep_fl.data_owner.gateway.description import describe_admin, new_api
 from flep_fl.data_owner.gateway.guard import Exchange, Guard, Listener, Reply
@@ -104,7 +104,7 @@ class Admin:
         except EnrolmentError as exc:
             raise Refusal(400, exc.code, str(exc)) from exc
         try:
-            device, new = self._registry.apply(approval, now=self._clock())
+            device, new = self._registry.apply(approval, now=self._clock(), before=self._log_statement)
         except RegistryFullError:
             raise
         except EnrolmentError as exc:
@@ -117,6 +117,9 @@ class Admin:
                 **_shown(device),
             )
         return _json(_shown(device))
+
+    def _log_statement(self, approval: Approval) -> None:
+        self._listener.audit.append("device.statement", durable=True, **audited(approval))
 
     def _administrator(self, exchange: Exchange) -> None:
         exchange.check_bodiless()

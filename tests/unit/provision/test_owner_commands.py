@@ -107,6 +107,28 @@ def test_plain_http_stays_on_loopback(tmp_path: Path) -> None:
     owner_gateway.check_exposure(made)
 
 
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(300, 2000, "1256"), (1500, 2000, "1500")])
+def test_peers_connections_do_not_take_the_files_of_the_database(soft: int, hard: int, expected: str) -> None:
+    assert limit_after(soft, hard) == expected
+
+
+def test_more_connections_than_the_system_allows_files_are_refused_at_the_start() -> None:
+    assert "ConfigError" in limit_after(300, 600) and "ulimit -n" in limit_after(300, 600)
+
+
+def limit_after(soft: int, hard: int) -> str:
+    """Ask for files for 1000 connections, under a process's own limits; gives its limit, or the error."""
+    code = (
+        "import resource\n"
+        "from flep_fl.provision.owner_gateway import raise_file_limit\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "raise_file_limit(1000)\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return (done.stdout or done.stderr).strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
