@@ -1,4 +1,4 @@
-"""Rates of the data owner's gateway: ``python -m benchmarks.owner``.
+"""Rates of the data owner's gateway: ``python -m benchmarks.owner``; with ``--records 100000``, how it pages.
 
 A real gateway (``scripts.owner action=serve``, TLS, SQLite) takes signed captures from many devices at once,
 and gives the released records back to several analysts at once. The limit that they are held against is
@@ -6,6 +6,9 @@ measured in the same run, alone, on one core: for ingest SHA-256, Ed25519 verifi
 SQLite commit of the sealed bytes; for release Ed25519, SQLite read, opening of the seal, and a commit (the
 access log) for each page. Devices and analysts run on the same machine, so what they take is missing at the
 gateway; captures are signed beforehand.
+
+With ``--records N`` a database of N small images (28x28, ``cipher=aead``) is filled, released and paged
+through in this process: the CPU time of the last tenth of the pages against the first, and the memory.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 
-from flep_fl.contracts.owner_api import unpack_records
+from flep_fl.contracts.owner_api import MAX_RECORD_LIMIT, unpack_records
 from flep_fl.contracts.owner_records import Analyst
 from flep_fl.contracts.request_signing import sign_request
 from flep_fl.data_owner.certificates import client_context
@@ -190,7 +193,7 @@ def gateway(home: OwnerHome, folder: Path) -> Iterator[dict[str, int]]:
     options = [f"home={home.folder}", f"network={folder / 'network.yaml'}"]
     for name, port in ports.items():
         options += [f"{name}.address=127.0.0.1:{port}"]
-        options += [f"{name}.{limit}=1000000" for limit in ("rate", "burst", "peer_rate", "peer_burst")]
+        options += [f"{name}.{limit}=1000000" for limit in ("rate", "burst")]
     process = subprocess.Popen(  # noqa: S603 - this interpreter, our own arguments
         [sys.executable, "-m", "scripts.owner", "action=serve", *options],
         stdout=subprocess.PIPE,
@@ -354,6 +357,61 @@ def prepare(folder: Path, devices: Sequence[Device]) -> OwnerHome:
     return home
 
 
+def measure_paging(folder: Path, records: int) -> None:
+    """Fill a database, release it, page through it, and print what each step took."""
+    key, batch = Ed25519PrivateKey.generate(), 1000
+    bundle = ImageKeyBundle.generate(get_preset("aead").parameters, NoiseParameters(std=0.0))
+    rng = np.random.default_rng(0)
+    rows = []
+
+    def resident() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def step(name: str, function: Callable[[], Any]) -> Any:
+        before, began, cpu = resident(), time.perf_counter(), time.process_time()
+        found = function()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        rows.append([name, f"{records / seconds:,.0f}", f"{cpu:.1f}", f"{before:.0f} -> {resident():.0f}"])
+        return found
+
+    def fill() -> None:
+        for _ in range(records // batch):
+            images = [rng.integers(0, 256, (28, 28), dtype=np.uint8) for _ in range(batch)]
+            database.ingest(images, [0, 1] * (batch // 2), ["train"] * batch)
+
+    def page() -> list[float]:
+        book, public = ReleaseBook(database, signing), key.public_key().public_bytes_raw()
+        release, cursor, times = book.open_grant(grant.grant_id, public).release_id, 0, []
+        while cursor is not None:
+            began = time.process_time()
+            found = book.record_page(
+                grant.grant_id, public, release_id=release, cursor=cursor, limit=MAX_RECORD_LIMIT
+            )
+            times.append(time.process_time() - began)
+            cursor = found.cursor
+        return times
+
+    signing = Ed25519PrivateKey.generate()
+    with OwnerDatabase.create(folder / "small.sqlite", secrets.token_bytes(32)) as database:
+        database.add_dataset(DATASET, ("a", "b"), bundle=bundle)
+        step("stored", fill)
+        step("released", lambda: ReleaseBook(database, signing).release(DATASET))
+        encryption = X25519PrivateKey.generate().public_key().public_bytes_raw()
+        analyst = Analyst("site-a", key.public_key().public_bytes_raw(), encryption)
+        grant = create_grant(database, dataset=DATASET, analyst=analyst, not_after=time.time() + 86400)
+        rounds = [step("paged", page) for _ in range(3)]
+    print(markdown((f"{records:,} records", "records/s", "CPU s", "resident MB"), rows))
+    ratios = []
+    for times in rounds:
+        tenth = max(1, len(times[:-1]) // 10)  # the very last page is not full
+        ratios.append(sum(times[-1 - tenth : -1]) / sum(times[:tenth]))
+    shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(
+        f"\npages of {MAX_RECORD_LIMIT}: the last tenth takes {shown} times the processor time of the first"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -362,7 +420,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--analysts", type=int, default=4, help="analysts at once (default 4)")
     parser.add_argument("--side", type=int, default=300, help="pixels a side (default 300)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure (default 3)")
+    parser.add_argument("--records", type=int, help="page through so many small records, and do nothing else")
     options = parser.parse_args(arguments)
+    if options.records:
+        with tempfile.TemporaryDirectory(prefix="flep-bench-") as name:
+            measure_paging(Path(name), options.records)
+        return 0
     image = np.random.default_rng(0).integers(0, 256, (options.side,) * 2, dtype=np.uint8).tobytes()
     count = options.devices * options.captures
     rates: dict[str, Rate] = {}
