@@ -154,6 +154,14 @@ def test_a_removed_log_is_not_begun_anew(tmp_path: Path) -> None:
         AuditLog(tmp_path, KEY)
 
 
+@pytest.mark.parametrize("content", [b'{"n":1,"event":"x","key":"00"}\n', b"[]\n", b"text\n"])
+def test_another_file_is_not_continued(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LOG_NAME).write_bytes(content)
+    with pytest.raises(AuditError, match="not an audit log"):
+        AuditLog(tmp_path, KEY)
+    assert (tmp_path / LOG_NAME).read_bytes() == content
+
+
 def test_a_rewritten_log_is_not_continued(tmp_path: Path) -> None:
     write(tmp_path)
     found = lines(tmp_path)
@@ -327,7 +335,6 @@ def test_heads_of_two_processes_may_come_out_of_order(tmp_path: Path) -> None:
     with (tmp_path / HEADS_NAME).open("ab") as file:
         file.write(early.to_bytes() + b"\n")
     assert late.entries > early.entries
-    AuditLog(tmp_path, KEY).close()
     (tmp_path / LOG_NAME).write_bytes(b"".join(lines(tmp_path)[:2]))
     with pytest.raises(AuditError, match="cut off"):
         AuditLog(tmp_path, KEY)

@@ -107,6 +107,14 @@ def test_fields_out_of_range_are_named(field: str, value: object) -> None:
         Description.from_bytes(json.dumps(fields).encode())
 
 
+def test_more_fields_and_longer_descriptions_are_refused() -> None:
+    fields = json.loads(CAPTURE.to_bytes())
+    with pytest.raises(CaptureError, match="wrong fields"):
+        Description.from_bytes(json.dumps(fields | {"extra": 1}).encode())
+    with pytest.raises(CaptureError, match="too long"):
+        Description.from_bytes(CAPTURE.to_bytes() + b" " * MAX_DESCRIPTION_BYTES)
+
+
 def test_png_says_its_own_shape() -> None:
     fields = json.loads(CAPTURE.to_bytes()) | {"format": "png"}
     with pytest.raises(CaptureError, match="shape"):

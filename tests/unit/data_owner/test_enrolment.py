@@ -51,6 +51,22 @@ def test_one_of_one_is_the_default(tmp_path: Path) -> None:
     assert device.expires == NOW + DAY
 
 
+def test_a_statement_that_cannot_be_logged_does_not_count(tmp_path: Path) -> None:
+    found, logged = registry(tmp_path), []
+
+    def full(_approval: Approval) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        found.apply(statement(), now=NOW, before=full)
+    assert found.names() == [] and registry(tmp_path).names() == []
+    for _ in range(2):
+        found.apply(statement(), now=NOW, before=lambda one: logged.append(one.device))
+    with pytest.raises(EnrolmentError, match="generation"):
+        found.apply(statement(generation=5), now=NOW, before=full)
+    assert logged == ["cam-1"], "once, and only what counts"
+
+
 def test_fewer_than_k_do_not_enrol(tmp_path: Path) -> None:
     found = registry(tmp_path, threshold=2)
     found.apply(statement("alice"), now=NOW)
