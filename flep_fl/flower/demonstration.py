@@ -24,10 +24,14 @@ from flep_fl.data_owner.sources import require_source
 from flep_fl.entry import output_dir
 from flep_fl.flower.children import Children, option
 from flep_fl.flower.processes import stop_on_signals
+from flep_fl.flower.run_report import sample_of, write_run_report
 from flep_fl.flower.runtime.environment import LOOPBACK, bind
 from flep_fl.provision.kits import CLOUD, create_kits
 from flep_fl.reporting.console import Progress, say, warn_few_contributors
 from flep_fl.reporting.results import write_json
+
+TITLE = "Two data owners, their analysts, one cloud"
+"""Of the report."""
 
 OWNERS = ("plant-north", "plant-south")
 
@@ -120,7 +124,11 @@ def run_demo(config: Config) -> None:
     results = json.loads((out / "results.json").read_text())
     results |= {"restore": _restore(owners), "owners": {owner.name: _measured(owner) for owner in owners}}
     write_json(out / "results.json", results)
+    progress("drawing the report")
+    report = write_run_report(out, config, results, lambda: sample_of(config), title=TITLE, on_event=progress)
     _summary(results, out, time.monotonic() - started)
+    if report is not None:
+        say(f"report: {report}")
 
 
 def _owners_open(
@@ -216,6 +224,7 @@ def _federate(
         f"runtime.threads={max(1, config.runtime.threads or 1)}",
         option("runtime.device", config.runtime.device),
         option("allow_targets", config.allow_targets),
+        option("report.name", config.report.name),
     ]
     sources = [option("data.owners", [owner.url() for owner in owners]), option("data.owner_ca", roots)]
     pids = {}

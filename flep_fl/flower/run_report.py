@@ -24,7 +24,7 @@ def write_run_report(
     out: Path,
     config: Config,
     results: dict[str, Any],
-    sample: Sequence[OwnerImage],
+    sample: Callable[[], Sequence[OwnerImage]],
     *,
     title: str = "Federation run",
     on_event: Say = lambda _line: None,
@@ -40,7 +40,7 @@ def write_run_report(
     results
         The content of ``results.json``.
     sample
-        A few of the owner's images, plain.
+        Returns a few of the owner's images, plain; asked only where they are shown.
     title
         Heading.
     on_event
@@ -57,7 +57,7 @@ def write_run_report(
     from flep_fl.reporting.run_page import run_page
 
     try:
-        images = _images(config, sample) if config.report.name == "full" and len(sample) else None
+        images = _images(config, sample()) if config.report.name == "full" else None
         settings = redacted(_plain(config))
         data = {"title": title, "settings": settings, "images": None if images is None else images.to_json()}
         write_secret(out / REPORT_DATA, json.dumps(data).encode() + b"\n")
@@ -65,6 +65,29 @@ def write_run_report(
     except FlepError as exc:
         on_event(f"no report: {type(exc).__name__}: {exc}")
         return None
+
+
+def sample_of(config: Config) -> list[OwnerImage]:
+    """Return a few of the run's images, plain.
+
+    Raises
+    ------
+    FlepError
+        As :func:`flep_fl.data_owner.sources.load_source`.
+    """
+    from flep_fl.data_owner.sources import load_source
+    from flep_fl.provision.owner import restore_sample
+
+    data = config.data
+    source = load_source(
+        data.name,
+        path=Path(data.path) if data.path else None,
+        image_size=data.image_size,
+        limit=data.limit,
+        seed=config.seed,
+        mode=data.mode,
+    )
+    return restore_sample(source)
 
 
 def write_cloud_report(out: Path, config: Config, results: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -89,7 +89,9 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
                 restore=release.restore,
             )
             write_json(out / "results.json", results)
-    report = write_run_report(out, config, results, release.sample, title="Simulated run", on_event=progress)
+    report = write_run_report(
+        out, config, results, lambda: release.sample, title="Simulated run", on_event=progress
+    )
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
     if report is not None:

@@ -33,7 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     images = [np.clip(rng.normal(120, 40, (8, 8)), 0, 255).astype(np.uint8) for _ in range(4)]
     config = make_config(*SMALL, "report=full", "report.keys=1")
-    path = write_run_report(tmp_path_factory.mktemp("report"), config, content, images)
+    path = write_run_report(tmp_path_factory.mktemp("report"), config, content, lambda: images)
     assert path is not None
     return path
 
