@@ -181,6 +181,18 @@ def test_truncated_and_padded_updates_are_malformed(federation):
             opened(federation, bad)
 
 
+def test_a_header_that_is_too_large_is_not_even_read(federation):
+    blob = federation.seal("a", b"payload")
+    huge = (1 << 12) + 1
+    for padding in (b" " * huge, b""):
+        with pytest.raises(MalformedUpdateError, match="truncated, or its header is too large"):
+            open_update(
+                blob[:8] + huge.to_bytes(4, "big") + padding + blob[12:],
+                expected=federation.expected,
+                public_keys=federation.public,
+            )
+
+
 def test_300_random_mutations_are_all_refused(federation):
     blob = federation.seal("a", PAYLOAD)
     rng = random.Random(3)
