@@ -76,6 +76,14 @@ def test_a_seeded_ciphertext_is_no_sum(ciphers):
         check(payload, DEFAULT, LENGTH, allow_seeded=False)
 
 
+def test_a_payload_of_full_size_has_the_form_that_says_so(ciphers):
+    payload = ciphers["default-public"].encrypt(np.ones(10))
+    assert payload[7:8] == b"f" and check(payload, DEFAULT, 10)
+    for form in (b"x", b"\0", b"F"):
+        with pytest.raises(CiphertextError, match="does not begin"):
+            check(payload[:7] + form + payload[8:], DEFAULT, 10)
+
+
 def broken_payloads(payload: bytes, other: bytes) -> dict[str, bytes]:
     """What a packed payload of the default profile must not be."""
     first = slice(8, 8 + 15)  # a pair of coefficients
