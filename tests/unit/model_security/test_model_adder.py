@@ -233,6 +233,12 @@ def test_every_field_inside_a_ciphertext_is_compared(ciphers, offset, data, word
         check(message(bad), CLASSIC, 10)
 
 
+def test_reading_ends_at_the_first_ciphertext_too_many():
+    """A million empty ciphertexts are not collected before they are counted."""
+    with pytest.raises(CiphertextError, match="more than 1 ciphertexts"):
+        check(_message([b""] * 1000, [10], CLASSIC.scale), CLASSIC, 10)
+
+
 def test_an_unencrypted_vector_is_refused(ciphers):
     good = check(ciphers["classic"].encrypt(np.ones(10)), CLASSIC, 10)[0]
     bare = good[: -4096 * 8] + bytes(4096 * 8)
