@@ -254,6 +254,9 @@ def serve(
 
     peaks = {"superlink_mb": 0.0, "disk_mb": 0.0}
     done = threading.Event()
+    database_file = home / "flower.db"
+    if database == "flower":
+        _serve_with_flowers_database(database_file)
 
     def watch() -> None:
         while not done.wait(0.1):
@@ -261,7 +264,7 @@ def serve(
                 for pid in child.read_text().split():
                     peaks["superlink_mb"] = max(peaks["superlink_mb"], peak_megabytes(pid))
             size = 0
-            for file in (home / "objects").glob("*"):
+            for file in [*(home / "objects").glob("*"), *home.glob("flower.db*")]:
                 try:
                     size += file.stat().st_size
                 except OSError:
@@ -280,13 +283,25 @@ def serve(
             run_config={},
             stop=stop,
             log=_complain,
-            database="memory" if database == "memory" else "disk",
+            database="disk" if database == "disk" else "memory",
         )
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
     _require_complete(strategy, rounds, len(prepared.site_keys))
     return {"cloud_mb": peak_megabytes(), "seconds": seconds, **peaks}
+
+
+def _serve_with_flowers_database(file: Path) -> None:
+    """Let ``run_cloud`` start ``benchmarks.flower_database`` in the place of our SuperLink."""
+    from flep_fl.flower.runtime import cloud
+
+    def spawn(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.Popen[bytes]:
+        place = command.index("flep_fl.flower.runtime.superlink")
+        changed = [*command[:place], "benchmarks.flower_database", *command[place + 1 :]]
+        return spawn_child(changed, env={**env, "FLEP_BENCH_DATABASE": str(file)}, **options)
+
+    cloud.spawn_child = spawn
 
 
 def take_part(prepared: Prepared, name: str, address: str, home: Path) -> None:
@@ -363,6 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sites", default="2,10,50", help="numbers of simulated sites")
     parser.add_argument("--superlink", default="2,4", help="numbers of sites over the SuperLink")
     parser.add_argument(
+        "--databases",
+        default="memory,disk",
+        help="where messages wait: memory, disk (our files), flower (its --database, SQLite)",
+    )
+    parser.add_argument(
         "--hold",
         type=float,
         default=0.0,
@@ -396,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"| in-process | {count} | {found['cloud_mb']:.0f} | - | - | {found['seconds']:.0f} |",
                 flush=True,
             )
-        for database in ("memory", "disk"):
+        for database in options.databases.split(","):
             for count in linked:
                 found = _over_superlink(folder, count, options.rounds, database, options.hold)
                 print(
