@@ -139,7 +139,6 @@ def parts_of_ingest(folder: Path, image: bytes, count: int) -> Iterator[tuple[st
     yield "AES-256-GCM-SIV", each(seal)
     yield f"SQLite, {GROUP} in a commit", commits
     yield "all of these: the limit of ingest", everything
-    database.close()
 
 
 def parts_of_release(folder: Path, record: bytes, count: int) -> Iterator[tuple[str, Callable[[], int]]]:
@@ -167,7 +166,6 @@ def parts_of_release(folder: Path, record: bytes, count: int) -> Iterator[tuple[
             done, last = done + len(found), found[-1][0]
 
     yield "Ed25519, read, opening, commit: the limit of release", everything
-    database.close()
 
 
 def open_plain_database(path: Path) -> sqlite3.Connection:
@@ -181,8 +179,8 @@ def open_plain_database(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def gateway(home: OwnerHome, folder: Path) -> Iterator[dict[str, int]]:
-    """Run a gateway on free ports of loopback; gives the ports."""
+def gateway(home: OwnerHome, folder: Path) -> Iterator[tuple[dict[str, int], int]]:
+    """Run a gateway on free ports of loopback; gives the ports and the process's number."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
     ports = dict(zip(("ingest", "release", "admin"), (s.getsockname()[1] for s in sockets), strict=True))
     for one in sockets:
@@ -204,7 +202,7 @@ def gateway(home: OwnerHome, folder: Path) -> Iterator[dict[str, int]]:
     try:
         if not any(line.startswith("ready") for line in lines):
             raise RuntimeError("the gateway did not start")
-        yield ports
+        yield ports, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -428,13 +426,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     image = np.random.default_rng(0).integers(0, 256, (options.side,) * 2, dtype=np.uint8).tobytes()
     count = options.devices * options.captures
-    rates: dict[str, Rate] = {}
     with tempfile.TemporaryDirectory(prefix="flep-bench-") as name:
         folder = Path(name)
-        parts = parts_of_ingest(folder, image, count)
+        *parts, (_, limit) = parts_of_ingest(folder, image, count)
         for part, function in parts:
-            rates[part] = median_rate(function, options.repeats, part)
-        values: list[float] = []
+            print(f"{part}: {median_rate(function, 1, part).median:,.0f} records/s alone", flush=True)
+        rounds, place, home = [], folder, None
         for repeat in range(options.repeats):
             devices = [
                 Device(f"cam-{n}", image, options.side, options.captures) for n in range(options.devices)
@@ -442,9 +439,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = folder / str(repeat)
             place.mkdir()
             home = prepare(place, devices)
-            with gateway(home, place) as ports:
-                values.append(measure_ingest(home, ports, devices, image))
-        rates["ingest"] = Rate(f"gateway, ingest, {options.devices} devices", tuple(values))
+            with gateway(home, place) as (ports, process):
+                rounds.append(
+                    one_round(
+                        "ingest", limit, count, process,
+                        lambda home=home, ports=ports, devices=devices: measure_ingest(  # type: ignore[misc]
+                            home, ports, devices, image
+                        ),
+                    )
+                )  # fmt: skip
+        print_rounds(f"ingest, {options.devices} devices", rounds)
+        assert home is not None  # noqa: S101 - there is at least one round
         key = Ed25519PrivateKey.generate()
         with OwnerDatabase(home.database, home.database_key()) as database:
             ReleaseBook(database, home.signing_key()).release(DATASET)
@@ -455,23 +460,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             grant = create_grant(database, dataset=DATASET, analyst=analyst, not_after=time.time() + 86400)
         record = secrets.token_bytes(options.side**2 * 13 // 16)  # 6.5 bits a pixel: cipher=flep
-        for part, function in parts_of_release(folder, record, count):
-            rates[part] = median_rate(function, options.repeats, part)
-        with gateway(home, place) as ports:
+        ((_, limit),) = parts_of_release(folder, record, count)
+        with gateway(home, place) as (ports, process):
             works = [lambda: fetch_all(home, ports["release"], key, grant.grant_id)] * options.analysts
-            found = tuple(in_a_process(works) for _ in range(options.repeats))
-            rates["release"] = Rate(f"gateway, release, {options.analysts} analysts", found)
-    rows = [
-        [rate.name, f"{rate.median:,.0f}", f"{min(rate.values):,.0f} - {max(rate.values):,.0f}"]
-        for rate in rates.values()
-    ]
-    print(markdown(("what", "records/s", "range"), rows))
-    for what, limit in (
-        ("ingest", "all of these: the limit of ingest"),
-        ("release", "Ed25519, read, opening, commit: the limit of release"),
-    ):
-        print(f"\n{what}: {rates[what].median / rates[limit].median:.0%} of the limit of its parts")
+            total = count * options.analysts
+            rounds = [
+                one_round("release", limit, total, process, lambda: in_a_process(works))
+                for _ in range(options.repeats)
+            ]
+        print_rounds(f"release, {options.analysts} analysts", rounds)
     return 0
+
+
+def one_round(
+    what: str, limit: Callable[[], int], records: int, process: int, measure: Callable[[], float]
+) -> tuple[float, float, float, float]:
+    """Measure the limit and the gateway, one right after the other, so that both meet the same machine.
+
+    Returns
+    -------
+    tuple of four floats
+        Records per second of the parts alone and of the gateway; CPU milliseconds per record of both.
+    """
+    began, cpu = time.perf_counter(), time.process_time()
+    count = limit()
+    parts, parts_cpu = count / (time.perf_counter() - began), (time.process_time() - cpu) / count * 1e3
+    before = cpu_seconds(process)
+    rate = measure()
+    found = (parts, rate, parts_cpu, (cpu_seconds(process) - before) / records * 1e3)
+    print(f"{what}: parts {parts:,.0f}/s, gateway {rate:,.0f}/s", flush=True)
+    return found
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the CPU time that a process has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def print_rounds(what: str, rounds: Sequence[tuple[float, float, float, float]]) -> None:
+    """Print every round, and the share of the limit that the gateway reaches in each."""
+    rows = [
+        [f"{parts:,.0f}", f"{rate:,.0f}", f"{rate / parts:.0%}", f"{parts_cpu:.2f}", f"{cpu:.2f}"]
+        for parts, rate, parts_cpu, cpu in rounds
+    ]
+    heads = ("parts, records/s", "gateway, records/s", "share", "parts, CPU ms", "gateway, CPU ms")
+    shares = sorted(rate / parts for parts, rate, _, _ in rounds)
+    print(f"\n{markdown(heads, rows)}")
+    print(f"\n{what}: {statistics.median(shares):.0%} of the limit of its parts ", end="")
+    print(f"({shares[0]:.0%} - {shares[-1]:.0%})\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ _REASONS = {
     409: "the request contradicts what is on file",
     410: "the release has changed",
     411: "Content-Length is missing",
-    431: "the head is too long",
-    413: "the body is too large",
+    413: "the body is too large, or none is due",
     414: "the path is too long",
     422: "the image or its label is not of a kind that is taken",
     429: "too many requests; see Retry-After",
+    431: "the head is too long",
     503: "busy; see Retry-After",
     507: "no space left",
 }
@@ -101,7 +101,7 @@ def describe_ingest() -> dict[str, Any]:
     return describe(
         "Hand in one signed capture",
         success={201: ("stored", stored), 200: ("stored before: the same record", stored)},
-        errors=(400, 401, 403, 404, 408, 409, 411, 413, 422, 429, 503, 507),
+        errors=(400, 401, 403, 404, 408, 409, 411, 413, 422, 429, 431, 503, 507),
         parameters=[
             _header(CAPTURE_HEADER, True, {"type": "string", "maxLength": 1366}),
             _header(SIGNATURE_HEADER, True, {"type": "string", "maxLength": 86}),
@@ -120,12 +120,17 @@ def describe_release() -> dict[str, dict[str, Any]]:
         {"name": "cursor", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}},
         {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1}},
     ]
-    usual = (400, 401, 403, 404, 409, 410, 429, 503)
+    usual = (400, 401, 403, 404, 409, 410, 413, 429, 431, 503, 507)
     anything = {"type": "object"}
     return {
-        "owner": describe("Who answers", success={200: ("key and clock", anything)}, errors=(), signed=False),
+        "owner": describe(
+            "Who answers",
+            success={200: ("key and clock", anything)},
+            errors=(413, 429, 431, 503),
+            signed=False,
+        ),
         "grants": describe(
-            "The caller's grants", success={200: ("grants", anything)}, errors=(400, 401, 429, 503)
+            "The caller's grants", success={200: ("grants", anything)}, errors=(400, 401, 413, 429, 431, 503)
         ),
         "open": describe(
             "Manifest, grant and key bundle",
@@ -151,7 +156,7 @@ def describe_release() -> dict[str, dict[str, Any]]:
 def describe_admin() -> dict[str, dict[str, Any]]:
     """Describe the administrators' routes by name."""
     anything = {"type": "object"}
-    signed_by = (400, 401, 429, 503)
+    signed_by = (400, 401, 413, 429, 431, 503)
     return {
         "status": describe("How the gateway does", success={200: ("status", anything)}, errors=signed_by),
         "devices": describe("All devices", success={200: ("devices", anything)}, errors=signed_by),
@@ -159,7 +164,7 @@ def describe_admin() -> dict[str, dict[str, Any]]:
         "approve": describe(
             "Hand in one signed approval or suspension",
             success={200: ("the device's standing", anything)},
-            errors=(400, 409, 411, 413, 429, 503),
+            errors=(400, 408, 409, 411, 413, 429, 431, 503, 507),
             body={"application/json": {"schema": {"type": "object"}}},
             signed=False,
         ),
