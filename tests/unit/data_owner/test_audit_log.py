@@ -324,6 +324,18 @@ def test_half_a_line_of_a_killed_process_does_not_stop_the_others(tmp_path: Path
     assert (tmp_path / "audit.torn").read_bytes() == b'{"n":4,"time":17000\n'
 
 
+def test_a_log_that_is_cut_off_while_in_use_is_not_continued(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, KEY, head_entries=10**6, head_seconds=1e9)
+    log.append("x", number=1)
+    (tmp_path / LOG_NAME).write_bytes(b"".join(lines(tmp_path)[:1]))
+    for _ in range(2):
+        with pytest.raises(AuditError, match="became shorter"):
+            log.append("x", number=2)
+    with pytest.raises(AuditError, match="became shorter"):
+        log.tick()
+    assert len(lines(tmp_path)) == 1
+
+
 def test_heads_of_two_processes_may_come_out_of_order(tmp_path: Path) -> None:
     """The last head in the file covers less than the one before; a cut between the two must show."""
     log = AuditLog(tmp_path, KEY, head_entries=10**6, head_seconds=1e9)

@@ -769,6 +769,24 @@ def test_strangers_are_waited_for_in_no_place(
     assert stalled.answers == ([status] * 100 if status else [])
 
 
+@pytest.mark.parametrize(("change", "length", "status"), [({}, 900, 422), ({"shape": (30, 30)}, 35, 422)])
+def test_what_the_description_alone_shows_is_refused_before_the_body(
+    parts: Parts, camera: Camera, change: dict[str, Any], length: int, status: int
+) -> None:
+    """The body never comes, and the answer is there all the same."""
+    stalled = Stalled(parts, "ingest")
+
+    async def go() -> None:
+        request = stalled.send(
+            "POST", CAPTURES, camera.headers(PIXELS, **change), length=length, peer="10.9.9.9"
+        )
+        async with asyncio.timeout(8):
+            await request
+
+    asyncio.run(go())
+    assert stalled.answers == [status]
+
+
 def test_a_device_holds_one_place_while_its_body_is_waited_for(parts: Parts, camera: Camera) -> None:
     stalled = Stalled(parts, "ingest")
 
