@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -510,6 +511,40 @@ def test_threads_and_processes_share_one_chain(tmp_path: Path) -> None:
     log.close()
     assert head.entries == 1 + 5 * 40
     assert check(tmp_path, exported=(head,)).sound
+
+
+def test_who_appends_waits_for_the_other_process(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, KEY)
+    other = os.open(tmp_path / LOG_NAME, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    appending = threading.Thread(target=lambda: log.append("x"))
+    appending.start()
+    appending.join(0.2)
+    assert appending.is_alive() and len(lines(tmp_path)) == 1
+    os.close(other)
+    appending.join()
+    log.close()
+    assert check(tmp_path).sound and len(lines(tmp_path)) == 2
+
+
+def test_threads_take_turns_however_slow_the_disk_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path, KEY)
+    real = os.write
+
+    def slow(descriptor: int, data: bytes) -> int:
+        time.sleep(0.005)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    threads = [
+        threading.Thread(target=lambda: [log.append("x", number=n) for n in range(8)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close()
+    assert check(tmp_path).sound and len(lines(tmp_path)) == 1 + 4 * 8
 
 
 KILLED = """

@@ -67,6 +67,17 @@ def test_a_statement_that_cannot_be_logged_does_not_count(tmp_path: Path) -> Non
     assert logged == ["cam-1"], "once, and only what counts"
 
 
+def test_a_suspension_names_the_key_that_it_suspends(tmp_path: Path) -> None:
+    """It was signed about another device of this name; the administrator must look again."""
+    found = registry(tmp_path)
+    with pytest.raises(EnrolmentError, match="no device of the name"):
+        found.apply(statement(action="suspend"), now=NOW)
+    found.apply(statement(), now=NOW)
+    with pytest.raises(EnrolmentError, match="another key"):
+        found.apply(statement(action="suspend", key=OTHER), now=NOW)
+    assert standing(found) == "enrolled"
+
+
 def test_fewer_than_k_do_not_enrol(tmp_path: Path) -> None:
     found = registry(tmp_path, threshold=2)
     found.apply(statement("alice"), now=NOW)

@@ -27,10 +27,11 @@ from flep_fl.data_owner.audit import HEADS_NAME, LOG_NAME, verify_log
 from flep_fl.data_owner.devices import CAPTURE_HEADER, SIGNATURE_HEADER
 from flep_fl.data_owner.enrolment import Approval, DeviceRegistry
 from flep_fl.data_owner.gateway.callers import NonceMemory
-from flep_fl.data_owner.gateway.guard import Guard, Listener
+from flep_fl.data_owner.gateway.guard import Exchange, Guard, Listener
 from flep_fl.data_owner.gateway.ingest import CapturePolicy
 from flep_fl.data_owner.gateway.limits import Admission, Limits, TokenBuckets, peer_key
 from flep_fl.data_owner.gateway.refusals import Refusal
+from flep_fl.data_owner.gateway.release import Release, release_app
 
 PIXELS = IMAGE.tobytes()
 CAPTURES = "/v1/captures"
@@ -774,6 +775,44 @@ def test_strangers_are_waited_for_in_no_place(
 
     asyncio.run(go())
     assert stalled.answers == ([status] * 100 if status else [])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"type": "http.disconnect"}],
+        [{"type": "http.request", "body": b"abc", "more_body": True}, {"type": "http.disconnect"}],
+        [{"type": "http.request", "body": b"abc", "more_body": False}],
+        [{"type": "http.request", "body": b"abcdefghi", "more_body": False}],
+        [{"type": "http.request", "body": b"abcd", "more_body": True}] * 3,
+    ],
+    ids=["gone", "gone half way", "short", "long", "long in parts"],
+)
+def test_a_body_that_is_not_whole_is_no_body(parts: Parts, messages: list[dict[str, Any]]) -> None:
+    left = list(messages)
+
+    async def receive() -> Any:
+        return left.pop(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"content-length", b"8")]}
+    exchange = Exchange(scope, receive, parts.listeners["ingest"])
+    exchange.check_head()
+    with pytest.raises(Refusal) as caught:
+        asyncio.run(exchange.body())
+    assert (caught.value.status, caught.value.code) == (400, "framing")
+
+
+def test_analysts_who_were_looked_up_are_forgotten_again(
+    parts: Parts, camera: Camera, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flep_fl.data_owner.gateway.release._KNOWN_LIMIT", 2)
+    release = Release(parts.book, parts.listeners["release"], owner_key=parts.home.owner_key)
+    parts.apps["release"] = release_app(release, parts.listeners["release"])
+    for _ in range(4):
+        analyst = Ed25519PrivateKey.generate()
+        granted(parts, camera, analyst, 1)
+        assert [fetch(parts, analyst, "/v1/grants").status_code for _ in range(2)] == [200, 200]
+    assert len(release._known) == 2
 
 
 def test_who_was_waited_for_outside_of_the_places_needs_one_afterwards(parts: Parts) -> None:
