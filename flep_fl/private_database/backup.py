@@ -19,11 +19,11 @@ from typing import Any
 
 from sqlalchemy import Boolean, Column, Connection, LargeBinary, MetaData, Table, func, insert, select
 
-from flep_fl.contracts.errors import BackupError, RecordError
+from flep_fl.contracts.errors import BackupError, DatabaseError, RecordError
 from flep_fl.private_database import schema
 from flep_fl.private_database.engine import Database, Location, create_file, database_url
 from flep_fl.private_database.store import OwnerDatabase
-from flep_fl.private_database.vault import make_tables
+from flep_fl.private_database.vault import is_blank, make_tables
 
 _PROOF = Table("backup_proof", MetaData(), Column("sealed", LargeBinary, nullable=False))
 _CHUNK = 100
@@ -140,8 +140,10 @@ def restore(path: Path, location: Location, owner_key: bytes) -> BackupReport:
     BackupError, DatabaseError
         The backup does not verify, or there is something already; nothing was made.
     """
-    report = verify_backup(path, owner_key)
     url = database_url(location)
+    if url.get_backend_name() == "sqlite":
+        _require_free(Path(str(url.database)))
+    report = verify_backup(path, owner_key)
     if url.get_backend_name() == "sqlite":
         _restore_file(path, Path(str(url.database)))
     else:
@@ -193,28 +195,45 @@ def _prove(database: OwnerDatabase, part: Path) -> None:
     raw.close()
 
 
+def _require_free(target: Path) -> None:
+    """Refuse a place where something lies; the log of a former database would be played into the new one."""
+    for name in (target.name, f"{target.name}-wal", f"{target.name}-journal"):
+        if (found := target.with_name(name)).exists():
+            raise DatabaseError(
+                f"the private database cannot be created: {found} exists",
+                remedy="Choose another path or move the old files away",
+            )
+
+
 def _restore_file(path: Path, target: Path) -> None:
-    create_file(target)
+    """Copy a backup; a process that is killed leaves the whole database or none, and can be repeated."""
     part = target.with_name(f".{target.name}.part")
     try:
+        part.unlink(missing_ok=True)
         create_file(part)
         shutil.copyfile(path, part)
         with sqlite3.connect(part) as raw:
             raw.execute("DROP TABLE backup_proof")
         raw.close()
         _sync(part)
-        part.replace(target)
+        _require_free(target)
+        target.hardlink_to(part)  # unlike a rename it takes nobody's place
+        part.unlink()
         _sync(target.parent)
-    except BaseException as exc:
-        target.unlink(missing_ok=True)
+    except (OSError, sqlite3.Error) as exc:
+        raise BackupError(f"the backup cannot be restored to {target} ({exc})") from exc
+    finally:
         part.unlink(missing_ok=True)
-        if isinstance(exc, OSError | sqlite3.Error):
-            raise BackupError(f"the backup cannot be restored to {target} ({exc})") from exc
-        raise
 
 
 def _restore_rows(path: Path, location: Location) -> None:
-    make_tables(location, None)
+    target = Database(location)
+    try:
+        blank = is_blank(target)
+    finally:
+        target.close()
+    if not blank:  # tables without a row: a restore was interrupted after it had made them
+        make_tables(location, None)
     copy, target = Database(path, read_only=True), Database(location)
     try:
         with copy.read() as source, target.write() as sink:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +90,12 @@ def open_with_key_file(location: Location, key_file: Path) -> OwnerDatabase:
         if not coming.is_file():
             raise
         database = OwnerDatabase(location, _read_key(coming))
-        coming.replace(key_file)
+        _take_over(coming, key_file)
         return database
-    coming.unlink(missing_ok=True)
+    with _locked(key_file, wait=False) as alone:
+        # Another process may be changing the key just now: its new key is no leftover.
+        if alone:
+            coming.unlink(missing_ok=True)
     return database
 
 
@@ -103,11 +109,35 @@ def rotate_key_file(location: Location, key_file: Path) -> list[str]:
     """
     new_key = secrets.token_bytes(KEY_BYTES)
     coming = key_file.with_name(key_file.name + _NEXT)
-    with open_with_key_file(location, key_file) as database:
+    with open_with_key_file(location, key_file) as database, _locked(key_file, wait=True):
         write_secret(coming, new_key)
         broken = rotate_owner_key(database, new_key)
-    coming.replace(key_file)
+        _take_over(coming, key_file)
     return broken
+
+
+def _take_over(coming: Path, key_file: Path) -> None:
+    """Put the new key in the old one's place; who opens the database at the same moment does it, too."""
+    try:
+        coming.replace(key_file)
+    except FileNotFoundError:
+        if not key_file.is_file():  # pragma: no cover - somebody removes keys by hand
+            raise
+
+
+@contextmanager
+def _locked(key_file: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock the key file; says whether that worked. The lock is gone when the process is."""
+    descriptor = os.open(key_file, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
 
 
 def _read_key(path: Path) -> bytes:

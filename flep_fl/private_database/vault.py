@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, insert, inspect, select
+from sqlalchemy import Connection, func, insert, inspect, select
 
 from flep_fl.contracts.errors import DatabaseError
 from flep_fl.private_database import schema
@@ -174,6 +174,16 @@ def make_tables(location: Location, owner_key: bytes | None) -> None:
             connection.execute(insert(schema.meta), row)
     finally:
         database.close()
+
+
+def is_blank(database: Database) -> bool:
+    """Say whether a database has this release's tables and not a single row in them."""
+    with database.read() as connection:
+        names = set(inspect(connection).get_table_names())
+        tables = schema.metadata.sorted_tables
+        return {table.name for table in tables} <= names and all(
+            connection.execute(select(func.count()).select_from(table)).scalar() == 0 for table in tables
+        )
 
 
 def _existing(location: Location, *, read_only: bool) -> Database:

@@ -163,6 +163,8 @@ def run_restore(config: OwnerConfig) -> None:
     report = restore(source, config.database or home.database, home.database_key())
     _note(config, home, "database.restored", records=report.records)
     say(f"restored {report.records} records from {source}")
+    say("Grants, deletions and key epochs are those of the backup's day: look at action=grants, revoke again")
+    say("what was taken back since, and run action=rotate until analysts take the releases for newer ones.")
 
 
 def run_retain(config: OwnerConfig) -> None:

@@ -72,7 +72,7 @@ class Progress:
             self._status.update(row)
             return
         quarter, now = 4 * done // total if total else 4, time.monotonic()
-        last, told = self._quarters.setdefault(what, (-1, now))
+        last, told = self._quarters.setdefault(what, (0, now))
         if last != quarter and now - told >= _QUIET_SECONDS:
             self._quarters[what] = (quarter, now)
             self(f"{what}: {done} of {total} records")

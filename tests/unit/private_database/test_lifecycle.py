@@ -8,8 +8,11 @@ import json
 import secrets
 import sqlite3
 import stat
+import subprocess
+import sys
 import zlib
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ from flep_fl.private_database.sealing import seal, wrapping_key
 from flep_fl.private_database.store import OwnerDatabase
 
 SIGNING = Ed25519PrivateKey.generate()
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def capture(sequence, device="cam-1", **settings):
@@ -180,6 +184,32 @@ def test_an_interrupted_rotation_leaves_a_key_that_fits(tmp_path, monkeypatch, m
     rotate_key_file(path, key_file)
     with open_with_key_file(path, key_file) as database:
         assert state(database, grant_id, key)[:6] == before[:6]
+
+
+def test_opening_while_the_key_is_changed_does_not_lose_the_new_key(tmp_path, monkeypatch):
+    path, key_file = tmp_path / "owner.db", tmp_path / "owner.key"
+    key_file.write_bytes(secrets.token_bytes(32))
+    with OwnerDatabase.create(path, key_file.read_bytes()) as database:
+        database.add_dataset("cells", ("good", "bad"))
+        database.put(capture(1))
+    original = rotation.rotate_owner_key
+    opened = []
+
+    def between(database, new_key):
+        # Another command, once while the old key fits and once when the new one does and has no file yet.
+        for step in (lambda: None, lambda: original(database, new_key)):
+            step()
+            with open_with_key_file(path, key_file) as other:
+                opened.append(other.count())
+        return []
+
+    monkeypatch.setattr(rotation, "rotate_owner_key", between)
+    rotate_key_file(path, key_file)
+    monkeypatch.undo()
+    with open_with_key_file(path, key_file) as database:
+        opened.append(database.count())
+    assert opened == [1, 1, 1]
+    assert [file.name for file in tmp_path.glob("*.key*")] == ["owner.key"]
 
 
 def big_blobs(path):
@@ -342,6 +372,49 @@ def test_a_truncated_backup_is_refused(tmp_path):
     copy.write_bytes(copy.read_bytes()[: copy.stat().st_size // 2])
     with pytest.raises(DatabaseError):
         backups.restore(copy, tmp_path / "new.db", key)
+    assert not (tmp_path / "new.db").exists()
+
+
+@pytest.mark.parametrize("moment", ["copyfile", "_sync", "unlink"])
+def test_an_interrupted_restore_leaves_nothing_or_all_and_is_repeated(tmp_path, monkeypatch, moment):
+    key = secrets.token_bytes(32)
+    copy, target = tmp_path / "copy.backup", tmp_path / "new.db"
+    with OwnerDatabase.create(tmp_path / "owner.db", key) as database:
+        grant_id, analyst, _ = add_everything(database)
+        before = state(database, grant_id, analyst)
+        report = backups.backup(database, key, copy)
+    # As kill -9 leaves it: nothing is tidied up.
+    code = (
+        "import os, sys; from pathlib import Path; from flep_fl.private_database import backup\n"
+        "place, name = {'copyfile': (backup.shutil, 'copyfile'), '_sync': (backup, '_sync'),"
+        " 'unlink': (Path, 'hardlink_to')}[sys.argv[1]]\n"
+        "original = getattr(place, name)\n"
+        "def cut(*given):\n"
+        "    if name == 'hardlink_to': original(*given)\n"
+        "    if name == 'copyfile': given[1].write_bytes(given[0].read_bytes()[:5000])\n"
+        "    os._exit(9)\n"
+        "setattr(place, name, cut)\n"
+        f"backup.restore(Path({str(copy)!r}), Path({str(target)!r}), bytes.fromhex({key.hex()!r}))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, moment], cwd=ROOT).returncode == 9
+    if moment == "unlink":
+        with pytest.raises(DatabaseError, match="exists"):
+            backups.restore(copy, target, key)
+    else:
+        assert not target.exists()
+        assert backups.restore(copy, target, key) == report
+    with OwnerDatabase(target, key) as database:
+        assert state(database, grant_id, analyst)[:4] == before[:4]
+
+
+def test_a_log_of_a_former_database_is_not_played_into_a_restored_one(tmp_path):
+    key = secrets.token_bytes(32)
+    with OwnerDatabase.create(tmp_path / "owner.db", key) as database:
+        add_everything(database)
+        backups.backup(database, key, tmp_path / "copy.backup")
+    (tmp_path / "new.db-wal").write_bytes(b"of another file")
+    with pytest.raises(DatabaseError, match=r"new\.db-wal exists"):
+        backups.restore(tmp_path / "copy.backup", tmp_path / "new.db", key)
     assert not (tmp_path / "new.db").exists()
 
 

@@ -19,6 +19,7 @@ from flep_fl.private_database import backup as backups
 from flep_fl.private_database.releases import ReleaseBook
 from flep_fl.private_database.rotation import rotate_owner_key
 from flep_fl.private_database.store import OwnerDatabase
+from flep_fl.private_database.vault import make_tables
 
 SIGNING = Ed25519PrivateKey.generate()
 OTHER_KEY = bytes(range(32))
@@ -54,7 +55,9 @@ def test_the_whole_life_of_a_database(server, tmp_path):
     with pytest.raises(DatabaseError, match="another owner key"):
         OwnerDatabase(url, KEY)
     # A backup goes into either kind of database, and rows go on being counted.
-    for location in (tmp_path / "from-pg.db", server.new_database("again")):
+    half = server.new_database("half")
+    make_tables(half, None)  # where an interrupted restore stops
+    for location in (tmp_path / "from-pg.db", server.new_database("again"), half):
         backups.restore(tmp_path / "pg.backup", location, OTHER_KEY)
         with OwnerDatabase(location, OTHER_KEY) as restored:
             assert restored.put(capture(100)).is_new
