@@ -12,7 +12,7 @@ from federations import SMALL, make_config
 from owner_server import OwnerServer
 
 from flep_fl.config import shared_part
-from flep_fl.contracts.errors import ConfigError, DataError
+from flep_fl.contracts.errors import ConfigError, DataError, EmptyDatasetError
 from flep_fl.contracts.owner_records import Analyst
 from flep_fl.data_owner.sources import load_source
 from flep_fl.data_security.keys import ImageKeyBundle, NoiseParameters
@@ -32,7 +32,14 @@ TWO = (*SMALL, "federation.sites=2", "federation.min_contributors=2", "federatio
 class Owner:
     """A data owner with half of the digits."""
 
-    def __init__(self, folder: Path, number: int, cipher: str, classes: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        cipher: str,
+        classes: tuple[str, ...] | None = None,
+        hold_out: bool = True,
+    ):
         self.signing = Ed25519PrivateKey.generate()
         self.database = OwnerDatabase.create(folder / f"owner-{number}.db", secrets.token_bytes(32))
         source = load_source("digits", limit=240, seed=0)
@@ -44,7 +51,7 @@ class Owner:
         self.database.ingest(
             self.images,
             [source.labels[i] for i in chosen],
-            ["test" if i % 5 == 0 else "train" for i in range(len(chosen))],
+            ["test" if hold_out and i % 5 == 0 else "train" for i in range(len(chosen))],
         )
         self.name = f"digits-{number}"
         self.book = ReleaseBook(self.database, self.signing)
@@ -110,6 +117,21 @@ def test_owners_of_different_classes_do_not_mix(tmp_path: Path, owners: list[Own
         addresses = f"{owners[0].server.url},{other.server.url}"
         with pytest.raises(DataError, match="different classes"):
             load_site_data(kit, make_config(*TWO, f"data.owners=[{addresses}]"), None)
+    finally:
+        other.close()
+
+
+def test_one_of_several_owners_may_hold_nothing_out(tmp_path: Path, owners: list[Owner]) -> None:
+    other = Owner(tmp_path, 3, "aead", hold_out=False)
+    try:
+        kit, _ = kits_for(tmp_path, make_config(*TWO))
+        for owner in (owners[1], other):
+            owner.grant(kit, (0, 1))
+        addresses = f"{owners[1].server.url},{other.server.url}"
+        data = load_site_data(kit, make_config(*TWO, f"data.owners=[{addresses}]"), None)
+        assert (len(data.train), len(data.test)) == (96 + len(other.images), 24)
+        with pytest.raises(EmptyDatasetError, match="the test split has no record"):
+            load_site_data(kit, make_config(*TWO, f"data.owners=[{other.server.url}]"), None)
     finally:
         other.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from gateways import DATASET, IMAGE, ROOT, events, new_home
+from omegaconf import OmegaConf
 
-from flep_fl.contracts.errors import AuditError, ConfigError
+from flep_fl.contracts.errors import AuditError, ConfigError, NotReleasedError
 from flep_fl.data_owner.audit import LOG_NAME
 from flep_fl.private_database.store import OwnerDatabase
-from flep_fl.provision import owner_audit, owner_gateway, owner_store
-from flep_fl.provision.owner_config import OwnerConfig
+from flep_fl.provision import owner_audit, owner_devices, owner_gateway, owner_measure, owner_store
+from flep_fl.provision.owner_config import OwnerConfig, to_owner_config
 
 
 def config(home: Path, **values: object) -> OwnerConfig:
@@ -151,3 +153,34 @@ def test_a_wrong_command_is_answered_before_anything_heavy_loads(arguments: list
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert re.search(r"exit [12]", done.stderr) and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout.strip() == "[]"
+
+
+def test_the_release_is_measured_against_what_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = new_home(tmp_path / "owner")
+    with OwnerDatabase(home.database, home.database_key()) as database:
+        database.ingest([IMAGE] * 3, [0, 1, 1], ["train", "train", "test"])
+    with pytest.raises(NotReleasedError, match="Release it first"):
+        owner_measure.run_measure(config(home.folder, dataset=DATASET))
+    owner_store.run_release(config(home.folder))
+    owner_measure.run_measure(config(home.folder, dataset=DATASET, out=str(tmp_path / "measured.json")))
+    found = json.loads((tmp_path / "measured.json").read_text())
+    assert (found["dataset"], found["records"]) == (DATASET, 3)
+    assert "3 released records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [[0], [2, 2], [-1, 2], [0, 0]])
+def test_a_share_that_is_none_is_refused(share: list[int]) -> None:
+    with pytest.raises(ConfigError, match="is not a share"):
+        to_owner_config(OmegaConf.structured(OwnerConfig(action="play", share=share)))
+
+
+def test_cameras_with_shares_play_every_image_once() -> None:
+    names = []
+    for index in range(3):
+        made = OwnerConfig(action="play", share=[index, 3])
+        made.data.name, made.data.limit = "digits", 20
+        shots, dataset = owner_devices._shots(made)
+        names += [shot().name for shot in shots]
+    assert dataset == "digits" and sorted(names) == sorted(f"image {n + 1}" for n in range(20))
