@@ -239,6 +239,13 @@ def test_reading_ends_at_the_first_ciphertext_too_many():
         check(_message([b""] * 1000, [10], CLASSIC.scale), CLASSIC, 10)
 
 
+def test_what_is_too_large_for_a_ciphertext_is_not_decompressed(ciphers):
+    good = check(ciphers["classic"].encrypt(np.ones(10)), CLASSIC, 10)[0]
+    for blob in (good + bytes(10_000), envelope(1, bytes(100_000)), good[:8]):
+        with pytest.raises(CiphertextError, match="cannot be one of SEAL's objects"):
+            check(message(blob), CLASSIC, 10)
+
+
 def test_an_unencrypted_vector_is_refused(ciphers):
     good = check(ciphers["classic"].encrypt(np.ones(10)), CLASSIC, 10)[0]
     bare = good[: -4096 * 8] + bytes(4096 * 8)
