@@ -481,6 +481,17 @@ def test_interrupted_kits_are_refused_by_name(kits: Path) -> None:
         load_site_kit(kits / "a")
 
 
+@pytest.mark.parametrize("plan", [None, b"{", b"[]", b'{"request": {}}', b'{"request": 1, "files": 2}'])
+def test_a_damaged_plan_is_named_and_nothing_is_made_of_it(kits: Path, plan: bytes | None) -> None:
+    (kits / "dealer" / "pending").mkdir()
+    if plan is not None:
+        (kits / "dealer" / "pending" / "plan.json").write_bytes(plan)
+    before = everything(kits)
+    with pytest.raises(KitError, match=r"damaged|cannot be read"):
+        rotate_keys(kits)
+    assert everything(kits) == before
+
+
 def test_a_federation_with_classes_of_its_own_can_be_changed(tmp_path: Path) -> None:
     own = make_config("ckks.scheme=own_schemes.Masks", "allow_targets=[own_schemes]", "federation.sites=4")
     create_kits(shared_part(own), SITES, tmp_path / "kits", address=ADDRESS)
