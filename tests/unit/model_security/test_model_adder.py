@@ -239,6 +239,18 @@ def test_reading_ends_at_the_first_ciphertext_too_many():
         check(_message([b""] * 1000, [10], CLASSIC.scale), CLASSIC, 10)
 
 
+def test_the_reader_of_messages_says_what_is_wrong():
+    good = b"".join((_protobuf.length_delimited(1, b"abc"), b"\x10\x07", b"\x19" + bytes(8)))
+    assert list(_protobuf.fields(good)) == [(1, 2, b"abc"), (2, 0, 7), (3, 1, bytes(8))]
+    for data, words in (
+        (b"\x0a\x05ab", "field 1 is truncated"), (b"\x19" + bytes(7), "field 3 is truncated"),
+        (b"\x10\x80", "a number is truncated"), (b"\x10" + b"\x80" * 10 + b"\x01", "a number is too long"),
+        (b"\x0d" + bytes(4), "field 1 has wire type 5"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            list(_protobuf.fields(data))
+
+
 def test_what_is_too_large_for_a_ciphertext_is_not_decompressed(ciphers):
     good = check(ciphers["classic"].encrypt(np.ones(10)), CLASSIC, 10)[0]
     for blob in (good + bytes(10_000), envelope(1, bytes(100_000)), good[:8]):

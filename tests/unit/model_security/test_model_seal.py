@@ -29,6 +29,7 @@ from flep_fl.model_security.seal import (
     seal_update,
     signed_header,
     sum_digest,
+    verify_kept_sum,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -254,6 +255,18 @@ def test_kinds_of_envelope_do_not_pass_for_each_other(federation, updates):
 
 
 # --- sums --------------------------------------------------------------------------------------------
+
+
+def test_a_kept_sum_is_whole_and_its_clouds_own(federation, updates):
+    blob = seal_sum(list(updates.values()), b"the sum", federation.cloud)
+    key = federation.cloud.public_key()
+    assert verify_kept_sum(blob, key) == sum_digest(blob)
+    with pytest.raises(SignatureError, match="not signed by the cloud"):
+        verify_kept_sum(blob, Ed25519PrivateKey.generate().public_key())
+    with pytest.raises(SignatureError, match="payload"):
+        verify_kept_sum(blob[:-1] + b"X", key)
+    with pytest.raises(MalformedUpdateError):
+        verify_kept_sum(blob[:-1], key)
 
 
 def test_a_sum_opens_with_its_contributors(federation, updates):

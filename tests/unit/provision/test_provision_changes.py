@@ -132,11 +132,12 @@ def test_a_crash_while_forgetting_forgets_all_the_same(kits: Path, monkeypatch: 
 def test_rotations_without_a_sum_between_them_keep_a_bounded_number_of_old_keys(kits: Path) -> None:
     for _ in range(5):
         rotate_keys(kits)
-    kit = load_site_kit(kits / "b")
-    assert [keys.generation for keys in kit.previous] == [5, 4, 3]
+    # before any party reads its kit, which removes what the manifest does not name
     assert sorted(path.name for path in (kits / "b").glob("previous-*")) == [
         f"previous-{number}.wrapped" for number in (3, 4, 5)
     ]
+    kit = load_site_kit(kits / "b")
+    assert [keys.generation for keys in kit.previous] == [5, 4, 3]
 
 
 def test_a_rotation_renews_the_clouds_certificate_for_the_key_that_it_has(kits: Path) -> None:
