@@ -16,8 +16,9 @@ from flep_fl.contracts.errors import CiphertextError, ModelKeyError
 from flep_fl.model_security import _protobuf, _seal_blob
 from flep_fl.model_security.adder import KeylessAdder
 from flep_fl.model_security.ciphertext_format import CheckedPayload, _message, assemble_vector
+from flep_fl.model_security.mixed import MixedAdder
 from flep_fl.model_security.packed_format import payload_bytes
-from flep_fl.model_security.profiles import PROFILES, Profile
+from flep_fl.model_security.profiles import PROFILES, Profile, get_profile
 
 pytestmark = pytest.mark.he
 
@@ -74,6 +75,17 @@ def test_a_seeded_ciphertext_is_no_sum(ciphers):
     payload = ciphers["default"].encrypt(np.ones(LENGTH))
     with pytest.raises(CiphertextError, match="half-size"):
         check(payload, DEFAULT, LENGTH, allow_seeded=False)
+
+
+def test_under_a_public_key_no_upload_has_half_the_size(ciphers, model_keys):
+    """Whoever sends one holds the model key and has another configuration than the federation."""
+    half, full = (ciphers[name].encrypt(np.ones(10)) for name in ("default", "default-public"))
+    for make in (KeylessAdder, MixedAdder):
+        adder = make(model_keys["default"].public_context(), get_profile("default", "public"), 10)
+        with pytest.raises(CiphertextError, match="half-size"):
+            adder.add(half)
+        adder.add(full)
+        assert adder.count == 1
 
 
 def test_a_payload_of_full_size_has_the_form_that_says_so(ciphers):
