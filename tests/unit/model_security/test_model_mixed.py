@@ -163,6 +163,7 @@ def test_a_bad_payload_leaves_the_sum_as_it_was(make: Any, profile: Profile) -> 
         alter(good, lambda v: v.__setitem__(0, np.nan)), alter(good, lambda v: v.__setitem__(0, np.inf)),
         alter(good, lambda v: v.__setitem__(0, 1e30)), good[:start] + b"\xff" * 8 + good[start + 8 :],
         good[:start] + bytes(8) + good[start + 8 :],
+        good[: start + 16] + b"\xff" * 15 + good[start + 31 :],  # coefficients of the tail, not reduced
     ]  # fmt: skip
     for payload in bad:
         with pytest.raises(CiphertextError):
