@@ -244,6 +244,20 @@ class ReportConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Scalars of every round for other tools: ``none``, ``tensorboard`` or ``mlflow``.
+
+    ``folder``: TensorBoard's; null: ``tensorboard`` beside ``results.json``. ``uri`` and ``experiment``:
+    MLflow's store, a local file by default, and the experiment that the run is put under.
+    """
+
+    name: str = "none"
+    folder: str | None = None
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "flep"
+
+
+@dataclass
 class Config:
     """Everything a script may be told."""
 
@@ -262,6 +276,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     provision: ProvisionConfig = field(default_factory=ProvisionConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     allow_targets: list[str] = field(default_factory=list)
     action: str = ""
     sites: list[str] = field(default_factory=list)
@@ -345,6 +360,7 @@ def check(config: Config) -> None:
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
     _one_of("runtime.tls", config.runtime.tls, ("auto", "on", "off"))
     _one_of("runtime.name", config.runtime.name, ("process", "local"))
+    _one_of("tracking", config.tracking.name, ("none", "tensorboard", "mlflow"))
     _one_of("report", config.report.name, ("full", "brief", "none"))
     _require(
         0 <= config.report.keys <= 100_000,

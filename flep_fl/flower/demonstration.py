@@ -29,6 +29,7 @@ from flep_fl.flower.runtime.environment import LOOPBACK, bind
 from flep_fl.provision.kits import CLOUD, create_kits
 from flep_fl.reporting.console import Progress, say, warn_few_contributors
 from flep_fl.reporting.results import write_json
+from flep_fl.reporting.tracking import require_tracking
 
 TITLE = "Two data owners, their analysts, one cloud"
 """Of the report."""
@@ -98,6 +99,7 @@ def run_demo(config: Config) -> None:
     out = output_dir()
     analysts = config.sites or [f"lab-{number + 1}" for number in range(config.federation.sites)]
     require_source(config.data.name)
+    require_tracking(config.tracking.name)
     progress = Progress("demo")
     warn_few_contributors(config.federation.min_contributors, progress)
     started = time.monotonic()
@@ -229,7 +231,8 @@ def _federate(
     sources = [option("data.owners", [owner.url() for owner in owners]), option("data.owner_ca", roots)]
     pids = {}
     for name in (CLOUD, *analysts):
-        module, own = ("server", []) if name == CLOUD else ("clients", sources)
+        tracking = _section("tracking", config.tracking)
+        module, own = ("server", tracking) if name == CLOUD else ("clients", sources)
         kit = option("kit", out / "kits" / name)
         pids[name] = children.start(name, module, kit, *own, f"hydra.job.name={name}", *common)
     started = ", ".join(f"{name} (pid {pid})" for name, pid in pids.items())

@@ -12,6 +12,7 @@ from flep_fl.entry import kit_config, output_dir, require
 from flep_fl.provision.kits import CLOUD, CloudKit, load_cloud_kit, load_site_kit
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
 from flep_fl.reporting.results import REPORT, build_results, write_json
+from flep_fl.reporting.tracking import require_tracking
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,6 +32,7 @@ def run_server(cfg: DictConfig) -> None:
     require(cfg, "kit", "kits/cloud")
     kit = load_cloud_kit(Path(cfg.kit))
     config = kit_config(cfg, kit.federation.shared, kit.federation.address)
+    require_tracking(config.tracking.name)
     saved = _saved_run(Path(cfg.resume), kit, config) if cfg.resume else None
     from flep_fl.flower.transport import cloud_security
 
@@ -38,6 +40,7 @@ def run_server(cfg: DictConfig) -> None:
     from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
     from flep_fl.flower.processes import stop_on_signals
     from flep_fl.flower.run_report import write_cloud_report
+    from flep_fl.flower.run_tracking import tracked
     from flep_fl.flower.runtime.cloud import run_cloud
 
     # A resumed run goes on in its own folder, so that what it leaves is whole.
@@ -59,13 +62,20 @@ def run_server(cfg: DictConfig) -> None:
     def write_results() -> None:
         write_json(out / "results.json", results_now())
 
-    strategy = cloud_strategy(
-        kit, config, out / CLOUD, on_event=progress, on_rounds=write_results, resume=saved
-    )
+    def on_rounds() -> None:
+        write_results()
+        tracker.update(strategy.rounds)
+
+    strategy = cloud_strategy(kit, config, out / CLOUD, on_event=progress, on_rounds=on_rounds, resume=saved)
     if saved is not None:
         progress(f"resuming at round {saved.state.round} of {config.federation.rounds}: {out}")
     _quieten_flower()
-    with stop_on_signals() as stop, progress.live():
+    shared = dict(kit.federation.shared)
+    with (
+        tracked(config, out, shared, progress) as tracker,
+        stop_on_signals() as stop,
+        progress.live(),
+    ):
         try:
             run_cloud(
                 cloud_app(strategy),
@@ -79,7 +89,7 @@ def run_server(cfg: DictConfig) -> None:
             )
         finally:
             write_results()
-            write_cloud_report(out / CLOUD, config, results_now(), dict(kit.federation.shared))
+            write_cloud_report(out / CLOUD, config, results_now(), shared)
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")
     if config.report.name != "none":

@@ -58,7 +58,7 @@ def write_run_report(
 
     try:
         images = _images(config, sample()) if config.report.name == "full" else None
-        settings = redacted(_plain(config))
+        settings = redacted(plain_settings(config))
         data = {"title": title, "settings": settings, "images": None if images is None else images.to_json()}
         write_secret(out / REPORT_DATA, json.dumps(data).encode() + b"\n")
         return write_page(out / REPORT, run_page(results, settings, images=images, title=title))
@@ -131,6 +131,7 @@ def _images(config: Config, sample: Sequence[OwnerImage]) -> Any:
     )
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def plain_settings(config: Config) -> dict[str, Any]:
+    """Return the whole configuration as nested plain values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config))
     return {str(name): value for name, value in plain.items()} if isinstance(plain, dict) else {}

@@ -13,7 +13,8 @@ from flep_fl.entry import output_dir
 from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
-from flep_fl.flower.run_report import write_run_report
+from flep_fl.flower.run_report import plain_settings, write_run_report
+from flep_fl.flower.run_tracking import tracked
 from flep_fl.provision.kits import OWNER, create_kits, load_cloud_kit, load_owner_kit, load_site_kit
 from flep_fl.provision.owner import release_data_set
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
@@ -56,7 +57,11 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     warn_few_contributors(config.federation.min_contributors, progress)
     progress(ckks_line(config))
     names = config.sites or site_names(config.federation.sites)
-    with tempfile.TemporaryDirectory(prefix="flep-") as folder, progress.live():
+    with (
+        tracked(config, out, plain_settings(config), progress) as tracker,
+        tempfile.TemporaryDirectory(prefix="flep-") as folder,
+        progress.live(),
+    ):
         kits, archives = Path(folder) / "kits", Path(folder) / "archives"
         create_kits(shared_part(config), names, kits, address=config.runtime.address)
         cloud_kit = load_cloud_kit(kits / "cloud")
@@ -74,7 +79,14 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
             for name in names
         }
         # The keys of a simulation are gone when it ends: there would be nothing to resume it with.
-        strategy = cloud_strategy(cloud_kit, config, out / "cloud", on_event=progress, checkpoint=False)
+        strategy = cloud_strategy(
+            cloud_kit,
+            config,
+            out / "cloud",
+            on_event=progress,
+            on_rounds=lambda: tracker.update(strategy.rounds),
+            checkpoint=False,
+        )
         apps = {_FIRST_NODE + number: sites[name].app for number, name in enumerate(names)}
         try:
             run_server_app(cloud_app(strategy), LocalGrid(apps, log=progress), {})

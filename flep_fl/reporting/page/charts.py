@@ -22,7 +22,7 @@ SERIES = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 44
 _LEGEND_LINE = 18
 _LETTER = 6.4  # mean width of a letter at the labels' size
-_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3")
 _SVG = "http://www.w3.org/2000/svg"
 
 
@@ -97,7 +97,7 @@ def line_chart(
     ys = [scale * py for one in series for _, py in one.points if py is not None]
     ys += [scale * edge for one in series for pair in one.band or () if pair for edge in pair]
     frame = _Frame([one.name for one in series], [one.plain for one in series])
-    frame.axes(_Axis(xs, whole=whole), _Axis(ys), x, f"{y} (%)" if percent else y)
+    frame.axes(_Axis(xs, exact=True, whole=whole), _Axis(ys), x, f"{y} (%)" if percent else y)
     for index, one in enumerate(series):
         frame.line(index, one, scale)
     described = f"{y} against {x}: " + "; ".join(_described(one, scale) for one in series)
@@ -180,9 +180,15 @@ def standalone(svg: Markup) -> bytes:
 
 
 class _Axis:
-    """Ticks at round numbers around the values, and where a value stands between the ends (0..1)."""
+    """Ticks at round numbers, and where a value stands between the ends (0..1).
 
-    def __init__(self, values: Sequence[float], *, whole: bool = False, zero: bool = False) -> None:
+    ``exact`` ends the axis at the values, else at the next ticks; ``whole`` has ticks at whole numbers only;
+    ``zero`` begins at 0. An exact axis over a factor of fifty or more is logarithmic.
+    """
+
+    def __init__(
+        self, values: Sequence[float], *, exact: bool = False, whole: bool = False, zero: bool = False
+    ) -> None:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         if zero:
             low = 0.0
@@ -190,20 +196,29 @@ class _Axis:
             # One value only: some room around it.
             room = 0.5 if whole else (abs(high) * 0.1 or 1.0)
             low, high = (low if zero else low - room), high + room
+        self.logarithmic = exact and low > 0 and high / low >= 50
         step = _round_step((high - low) / 4)
         if whole:
             step = max(1.0, round(step))
-        if whole:
+        if self.logarithmic:
+            powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+            self.ticks = [10.0**power for power in powers]
+            step = min(1.0, low)
+        elif exact:
             first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            self.ticks = [step * i for i in range(first, last + 1)]
         else:
             first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        self.ticks = [step * i for i in range(first, last + 1)]
-        self.low = low if whole else self.ticks[0]
-        self.high = high if whole else self.ticks[-1]
+            self.ticks = [step * i for i in range(first, last + 1)]
+        self.low, self.high = (low, high) if exact else (self.ticks[0], self.ticks[-1])
         self._digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else 0
 
     def place(self, value: float) -> float:
-        return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        if self.high <= self.low:
+            return 0.5
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
     def label(self, tick: float) -> str:
         if abs(tick) >= 1e6 or (tick and abs(tick) < 1e-4):
@@ -438,7 +453,7 @@ def _line_class(index: int, plain: bool) -> str:
 
 
 def _dash(index: int, plain: bool) -> dict[str, str]:
-    dash = "4 4" if plain else _DASHES[index // 3 % len(_DASHES)]
+    dash = "4 4" if plain else _DASHES[index % len(_DASHES)]
     return {"stroke_dasharray": dash} if dash else {}
 
 
