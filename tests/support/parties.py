@@ -22,7 +22,7 @@ def free_address() -> str:
         return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
-def run_script(name: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run ``python -m NAME ARGUMENTS`` to its end."""
     return subprocess.run(
         [sys.executable, "-m", name, *arguments], capture_output=True, text=True, timeout=timeout
