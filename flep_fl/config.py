@@ -350,7 +350,7 @@ def check(config: Config) -> None:
         _one_of("noise.units", config.noise.units, ("image", "wire"))
     _one_of("noise.recovery", config.noise.recovery, ("denoise", "keyed"))
     _one_of("restore.order", config.restore.order, ("restore_first", "denoise_first"))
-    _one_of("denoiser", config.denoiser.name, ("dncnn9", "fast", "none"), targets)
+    _one_of("denoiser", config.denoiser.name, ("dncnn9", "fast", "blind", "none"), targets)
     _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
     _one_of("data.mode", config.data.mode, ("grey", "native"))
     _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)

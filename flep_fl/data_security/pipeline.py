@@ -35,9 +35,10 @@ from flep_fl.data_security.envelope import (
     unseal,
 )
 from flep_fl.data_security.keys import ImageKeyBundle, owner_noise_commitment, owner_noise_key
+from flep_fl.data_security.noise import NOISE_FAMILIES
 from flep_fl.data_security.packing import pack, packed_size, unpack, word_type
 from flep_fl.data_security.planes import CHUNK_PIXELS, PlaneCoder, Words
-from flep_fl.data_security.restoring import decrypt_images, denoised
+from flep_fl.data_security.restoring import ResidualNoise, decrypt_images, denoised
 
 RestoreOrder = Literal["restore_first", "denoise_first"]
 RESTORE_ORDERS: tuple[RestoreOrder, ...] = ("restore_first", "denoise_first")
@@ -109,6 +110,22 @@ class ThreeLayerCipher:
         For noise that depends on the signal, its root mean square at mid grey.
         """
         return self._coder(np.uint8).residual_std
+
+    @property
+    def residual_noise(self) -> ResidualNoise:
+        """The noise left in a decrypted image.
+
+        Noise that depends on the signal keeps its family in image units: there it acts on the pixels
+        themselves. Additive noise keeps it with Haar or without a transform; a longer wavelet mixes so many
+        coefficients in a pixel that the sum is nearly Gaussian.
+        """
+        noise, cipher, std = self._bundle.noise, self._bundle.cipher, self.residual_std
+        if NOISE_FAMILIES[noise.family].additive:
+            kept = not cipher.has("encode") or cipher.wavelet == "haar"
+            return ResidualNoise(noise.family if kept else "gaussian", std)
+        if std == 0 or cipher.noise_units != "image":
+            return ResidualNoise("gaussian", std)
+        return ResidualNoise(noise.family, noise.std, noise.gain, noise.amount)
 
     def __repr__(self) -> str:
         return f"ThreeLayerCipher(key_id={self._bundle.key_id!r}, epoch={self._bundle.epoch})"

@@ -1,7 +1,8 @@
 """Restoring with any cipher, whatever it offers beyond the ``ImageCipher`` protocol.
 
-A cipher that leaves noise in its images says so with a property ``residual_std``; one that can denoise
-*before* it descrambles takes ``denoise`` and ``order`` in ``decrypt``. Neither is required.
+A cipher that leaves noise in its images says so with a property ``residual_std``, and of which kind with a
+property ``residual_noise``; one that can denoise *before* it descrambles takes ``denoise`` and ``order`` in
+``decrypt``. None is required.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -19,6 +21,50 @@ from flep_fl.contracts.ports import Denoise, ImageCipher
 
 if TYPE_CHECKING:
     from flep_fl.data_security.pipeline import RestoreOrder, RestoringCipher
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualNoise:
+    """The noise in decrypted images, as far as a denoiser has to know it; 8-bit scale.
+
+    Attributes
+    ----------
+    family
+        ``gaussian``, or another name of :data:`flep_fl.data_security.noise.NOISE_FAMILIES` where the noise
+        has that distribution in the restored pixels (additive families: in them or in the Haar coefficients
+        of each 2x2 block).
+    std
+        Standard deviation; of a part of the noise where
+        :class:`~flep_fl.data_security.parameters.NoiseParameters` says so.
+    gain, amount
+        As there.
+    """
+
+    family: str = "gaussian"
+    std: float = 0.0
+    gain: float = 1.0
+    amount: float = 0.0
+
+
+def residual_noise(cipher: ImageCipher) -> ResidualNoise:
+    """Return the noise in decrypted images; white and Gaussian where the cipher states no more than a level.
+
+    Raises
+    ------
+    CipherParameterError
+        When the cipher states something that is no such noise.
+    """
+    std = residual_std(cipher)
+    stated = getattr(cipher, "residual_noise", None)
+    if stated is None:
+        return ResidualNoise(std=std)
+    if not isinstance(stated, ResidualNoise):
+        raise CipherParameterError(
+            f"The cipher {type(cipher).__name__} states an unusable residual_noise",
+            expected="a ResidualNoise",
+            found=repr(stated),
+        )
+    return stated
 
 
 def residual_std(cipher: ImageCipher) -> float:

@@ -13,7 +13,7 @@ from flep_fl.contracts.ports import Denoise, Entropy, ImageBatch, ImageCipher
 from flep_fl.data_security.epochs import BundleRing
 from flep_fl.data_security.pipeline import RestoreOrder
 from flep_fl.data_security.presets import build_cipher
-from flep_fl.data_security.restoring import decrypt_images, residual_std
+from flep_fl.data_security.restoring import decrypt_images, residual_noise
 
 
 class RingCipher:
@@ -115,16 +115,18 @@ class RingCipher:
         return self._ciphers[epoch]
 
     def _require_one_level(self, epochs: Sequence[int]) -> None:
-        # Two figures: the noise of the restored image, and the one that the paper's order goes by.
+        # Two entries: the noise of the restored image, and the one that the paper's order goes by.
         levels = {
-            bundle.epoch: (residual_std(self._cipher(bundle.epoch)), bundle.noise.deviation)
+            bundle.epoch: (residual_noise(self._cipher(bundle.epoch)), bundle.noise.deviation)
             for bundle in self._ring.only(*epochs).bundles
         }
         if len(set(levels.values())) > 1:
             raise CipherParameterError(
                 "Images of epochs with different noise cannot share a denoiser",
-                expected="one standard deviation",
-                found=", ".join(f"{std:g} in epoch {epoch}" for epoch, (std, _) in levels.items()),
+                expected="one family and one standard deviation",
+                found=", ".join(
+                    f"{noise.family} {noise.std:g} in epoch {epoch}" for epoch, (noise, _) in levels.items()
+                ),
                 remedy="Decrypt the epochs one at a time, each with its own denoiser",
             )
 

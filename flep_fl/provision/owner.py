@@ -24,7 +24,12 @@ from flep_fl.data_security.keys import SECRET_IMAGE_SIDE, ImageKeyBundle
 from flep_fl.data_security.parameters import CipherParameters, NoiseParameters
 from flep_fl.data_security.pipeline import RestoreOrder, restore
 from flep_fl.data_security.presets import build_cipher, get_preset
-from flep_fl.data_security.restoring import require_order, residual_std
+from flep_fl.data_security.restoring import (
+    ResidualNoise,
+    require_order,
+    residual_noise,
+    residual_std,
+)
 from flep_fl.private_database.access import log_releases
 from flep_fl.private_database.store import OwnerDatabase
 from flep_fl.provision.kits import OWNER, OwnerKit
@@ -167,27 +172,31 @@ def release_data_set(
 def image_denoiser(config: Config, bundle: ImageKeyBundle, cipher: ImageCipher) -> Denoise | None:
     """Choose the denoiser by the noise that the cipher leaves; None where nothing is to be removed.
 
+    Family and level come from the noise parameters in the key bundle, through the cipher's
+    ``residual_noise``.
+
     Raises
     ------
     DenoiserError
         When there is none for this noise; the message says where the level comes from. The paper's literal
         layers turn 25 levels of the wire into 100 grey levels of the restored image, for instance.
     """
-    from flep_fl.data_security.denoise.zoo import load_denoiser
+    from flep_fl.data_security.denoise.families import denoiser_for
 
-    std = residual_std(cipher)
-    if std == 0 or config.denoiser.name == "none":
+    if residual_std(cipher) == 0 or config.denoiser.name == "none":
         return None
+    noise = residual_noise(cipher)
     if restore_order(config) == "denoise_first":
         # In the paper's order the network is chosen by the bundle's figure itself, as the paper says.
-        std = bundle.noise.deviation
+        noise = ResidualNoise(std=bundle.noise.deviation)
     try:
-        return load_denoiser(
-            config.denoiser.name, std, threads=config.runtime.threads, device=config.runtime.device
+        return denoiser_for(
+            config.denoiser.name, noise, threads=config.runtime.threads, device=config.runtime.device
         )
     except DenoiserError as exc:
         raise DenoiserError(
-            f"{exc.problem} (noise.std={bundle.noise.std:g} in {bundle.cipher.noise_units} units, "
+            f"{exc.problem} (noise.family={bundle.noise.family}, noise.std={bundle.noise.std:g} "
+            f"in {bundle.cipher.noise_units} units, "
             f"restore.order={config.restore.order})",
             expected=exc.expected,
             found=exc.found,

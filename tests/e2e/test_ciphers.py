@@ -144,7 +144,8 @@ def test_the_papers_order_with_a_cipher_that_cannot(tmp_path: Path) -> None:
 def test_noise_that_no_denoiser_fits(tmp_path: Path) -> None:
     """The paper's wire noise is four times as strong in the restored image; its own order asks for 25."""
     with pytest.raises(
-        DenoiserError, match=r"noise\.std=25 in wire units.*Found 100\..*keyed or denoiser=none"
+        DenoiserError,
+        match=r"family=gaussian, noise\.std=25 in wire units.*Found 100\..*keyed or denoiser=none",
     ):
         sealed(tmp_path, "cipher=paper", "restore.order=restore_first")
     sealed(tmp_path / "without", "cipher=paper", "restore.order=restore_first", "denoiser=none")

@@ -13,6 +13,7 @@ from flep_fl.contracts.errors import ConfigError, ImageFormatError
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
 from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
+from flep_fl.data_security.noise import TABLE_SIZE, real_table
 
 FloatImages = NDArray[np.float32]
 
@@ -153,13 +154,39 @@ def psnr(clean: NDArray[np.generic], image: NDArray[np.generic]) -> float:
     return float(10.0 * np.log10(255.0**2 / error)) if error else float("inf")
 
 
-def mean_psnr(denoise: Denoise, images: list[NDArray[np.uint8]], std: float, *, seed: int = 0) -> float:
-    """Mean PSNR in dB over ``images`` with white Gaussian noise of ``std`` (float, not clipped) removed.
+def mean_psnr(
+    denoise: Denoise,
+    images: list[NDArray[np.uint8]],
+    std: float,
+    *,
+    seed: int = 0,
+    family: str = "gaussian",
+) -> float:
+    """Mean PSNR in dB over ``images`` with noise of ``std`` (float, not clipped) removed.
 
-    Image ``i`` gets the noise of ``numpy.random.default_rng([seed, i])``.
+    Image ``i`` gets the noise of ``numpy.random.default_rng([seed, i])``: white Gaussian, or an additive
+    family as the cipher leaves it, in the Haar coefficients of every 2x2 block.
     """
     values = []
     for index, image in enumerate(images):
-        noise = np.random.default_rng([seed, index]).standard_normal(image.shape) * std
+        random = np.random.default_rng([seed, index])
+        noise: NDArray[np.floating] = random.standard_normal(image.shape) * std
+        if family != "gaussian":
+            noise = haar_noise(family, image.shape, std, random)
         values.append(psnr(image, denoise((image + noise).astype(np.float32)[None])[0]))
     return float(np.mean(values))
+
+
+def haar_noise(
+    family: str, shape: tuple[int, ...], std: float, random: np.random.Generator
+) -> NDArray[np.float32]:
+    """Return noise of an additive family as the cipher's transform leaves it in the pixels, ``(H, W)``."""
+    even = tuple(side + side % 2 for side in shape)
+    drawn = real_table(family, std)[random.integers(TABLE_SIZE, size=even)]
+    a, b, c, d = drawn[::2, ::2], drawn[::2, 1::2], drawn[1::2, ::2], drawn[1::2, 1::2]
+    noise = np.empty(even, dtype=np.float32)
+    noise[::2, ::2] = (a + b + c + d) / 2
+    noise[::2, 1::2] = (a + b - c - d) / 2
+    noise[1::2, ::2] = (a - b + c - d) / 2
+    noise[1::2, 1::2] = (a - b - c + d) / 2
+    return noise[: shape[0], : shape[1]]

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from flep_fl.contracts.errors import ConfigError
 
+TRAINED_FAMILIES = ("gaussian", "laplacian", "rayleigh")
+"""Noise for which networks are trained."""
+
 
 @dataclass
 class TrainSettings:
@@ -22,8 +25,11 @@ class TrainSettings:
         Weights to write (``.safetensors``); the model card lies beside it (``.json``).
     validation
         Folder of held-out pictures; none when None.
+    noise_family
+        ``gaussian``, ``laplacian`` or ``rayleigh``; the others need no network of their own. Half of the
+        crops have independent pixels, half independent Haar coefficients, as the cipher leaves them.
     noise_std
-        Standard deviation of the white Gaussian noise, 8-bit scale, above 0. With a range: where the
+        Standard deviation of the noise, 8-bit scale, above 0. With a range: where the
         validation is done.
     noise_range
         Lowest and highest standard deviation; every crop draws its own. None: ``noise_std`` alone.
@@ -34,8 +40,9 @@ class TrainSettings:
     depth, channels
         Shape of the DnCNN.
     start
-        Weights to go on from (``.safetensors`` with its card beside it, of the same shape), folded as they
-        are; None starts from random ones.
+        Weights to go on from (``.safetensors`` with its card beside it, of the same depth, channels and
+        unshuffle), folded as they are; None starts from random ones. From a network that is told the level
+        to a blind one and back the map is dropped or added.
     steps, batch, crop
         Adam steps, crops a step, side of a crop in pixels.
     scales
@@ -60,6 +67,7 @@ class TrainSettings:
     images: Path
     out: Path = Path("dncnn9_gaussian_25.safetensors")
     validation: Path | None = None
+    noise_family: str = "gaussian"
     noise_std: float = 25.0
     noise_range: list[float] | None = None
     blind: bool = False
@@ -88,6 +96,10 @@ class TrainSettings:
 
     def check(self) -> TrainSettings:
         """Return the settings, or raise ``ConfigError`` that names the first bad value."""
+        family = self.noise_family
+        fits = family == "gaussian" or (family in TRAINED_FAMILIES and self.unshuffle == 2)
+        expected = f"gaussian, or with unshuffle=2 one of {', '.join(TRAINED_FAMILIES[1:])}"
+        _within("noise_family", family, fits, expected)
         _within("noise_std", self.noise_std, self.noise_std > 0, "a number above 0")
         span = self.noise_range
         fits = span is None or (len(span) == 2 and 0 <= span[0] < span[1] < math.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import json
 import logging
@@ -16,27 +15,29 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from flep_fl.contracts.errors import ConfigError, DenoiserError, EmptyDatasetError
+from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.contracts.files import read_bytes, write_atomic
+from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
 from flep_fl.data_security.denoise.images import LumaImage, load_folder
 from flep_fl.data_security.denoise.inference import mean_psnr, network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN
+from flep_fl.data_security.denoise.sampling import Batch, CropSampler
 from flep_fl.data_security.denoise.settings import TrainSettings
 
 _log = logging.getLogger(__name__)
 
 _RECALIBRATION_BATCHES = 100
 
-Batch = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
-Tensors = tuple[Tensor, Tensor, Tensor]
+_CHECK_EVERY = 50
+"""Steps after which the losses are looked at: a look makes the processor wait for a GPU."""
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Noisy crops, their noise, and levels."""
 
 
 def train_denoiser(settings: TrainSettings) -> ModelCard:
@@ -67,7 +68,7 @@ def train_denoiser(settings: TrainSettings) -> ModelCard:
     device = select_device(settings.device)
     pictures = load_folder(settings.images, seed=settings.seed)
     held_out = load_folder(settings.validation) if settings.validation is not None else []
-    sampler = CropSampler(pictures, settings)
+    sampler = CropSampler(pictures, settings, device)
     _log.info(
         "%d pictures (%.1f megapixels), %d held out", len(pictures), sampler.pixels / 1e6, len(held_out)
     )
@@ -76,74 +77,11 @@ def train_denoiser(settings: TrainSettings) -> ModelCard:
         _optimise(run, sampler, [_centre(image, settings.validation_side) for image in held_out])
         recalibrate(
             run.average,
-            (run.to_device(sampler.batch(settings.steps + i)) for i in range(_RECALIBRATION_BATCHES)),
+            (noisy_inputs(sampler.batch(settings.steps + i)) for i in range(_RECALIBRATION_BATCHES)),
         )
         card = _export(run, len(pictures), held_out)
     run.checkpoint.unlink(missing_ok=True)
     return card
-
-
-class CropSampler:
-    """Random crops of a set of pictures, turned and flipped, with the noise to be removed.
-
-    Parameters
-    ----------
-    pictures
-        ``(H, W)`` uint8 each; those with a side below ``settings.crop`` are left out.
-    settings
-        ``seed``, ``batch``, ``crop``, ``scales``, ``noise_std`` and ``noise_range`` are used.
-
-    Raises
-    ------
-    EmptyDatasetError
-        Every picture is smaller than a crop.
-    """
-
-    def __init__(self, pictures: list[LumaImage], settings: TrainSettings) -> None:
-        self._settings = settings
-        scaled = [_resize(image, scale) for image in pictures for scale in settings.scales]
-        self._pictures = [image for image in scaled if min(image.shape) >= settings.crop]
-        if not self._pictures:
-            raise EmptyDatasetError(
-                "Every picture is smaller than a crop",
-                expected=f"sides of at least {settings.crop} pixels",
-                found=f"{len(pictures)} pictures, the largest {max(image.shape for image in pictures)}",
-                remedy="Set a smaller crop=",
-            )
-        areas = np.array([image.size for image in self._pictures], dtype=np.float64)
-        self._chance = areas / areas.sum()
-        self.pixels = int(areas.sum())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over all pixels: a checkpoint belongs to one set of pictures."""
-        digest = hashlib.sha256()
-        for image in self._pictures:
-            digest.update(repr(image.shape).encode())
-            digest.update(image.tobytes())
-        return digest.hexdigest()
-
-    def batch(self, step: int) -> Batch:
-        """Return clean crops and noise of ``step``, ``(N, 1, S, S)``, and levels, ``(N,)``; 0..1 scale."""
-        settings = self._settings
-        # A generator per step: nothing to save in a checkpoint, and a resumed run sees the same batches.
-        random = np.random.default_rng([settings.seed, step])
-        side = settings.crop
-        clean = np.empty((settings.batch, 1, side, side), dtype=np.float32)
-        for slot, index in enumerate(random.choice(len(self._pictures), settings.batch, p=self._chance)):
-            image = self._pictures[index]
-            top = int(random.integers(image.shape[0] - side + 1))
-            left = int(random.integers(image.shape[1] - side + 1))
-            crop = image[top : top + side, left : left + side]
-            turn = int(random.integers(8))
-            crop = crop[:: 1 - 2 * (turn & 1), :: 1 - (turn & 2)]
-            clean[slot, 0] = crop.T if turn & 4 else crop
-        noise = random.standard_normal(clean.shape, dtype=np.float32)
-        levels = np.full(settings.batch, settings.noise_std / 255, dtype=np.float32)
-        span = settings.noise_range
-        if span is not None:
-            levels = (random.uniform(span[0], span[1], settings.batch) / 255).astype(np.float32)
-        return clean / np.float32(255), noise * levels[:, None, None, None], levels
 
 
 class _Run:
@@ -165,7 +103,7 @@ class _Run:
             name: value
             for name, value in asdict(settings).items()
             if name in {"noise_std", "depth", "channels", "steps", "batch", "crop", "scales", "lr"}
-            or name in {"warmup", "ema", "seed", "noise_range", "blind", "unshuffle"}
+            or name in {"warmup", "ema", "seed", "noise_range", "noise_family", "blind", "unshuffle"}
         }
         if settings.start is not None:
             relevant["start"] = checksum(read_bytes(settings.start, what="start", error=DenoiserError))
@@ -173,12 +111,8 @@ class _Run:
         if settings.resume and self.checkpoint.exists():
             self._load()
 
-    def to_device(self, batch: Batch) -> Tensors:
-        clean, noise, levels = (torch.from_numpy(part).to(self.device) for part in batch)
-        return (clean + noise).contiguous(memory_format=torch.channels_last), noise, levels
-
-    def update(self, noisy: Tensor, noise: Tensor, levels: Tensor) -> float:
-        """Take one Adam step; return the loss."""
+    def update(self, noisy: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Take one Adam step; return the loss, on the device."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.lr * schedule(self.step, self.settings.steps, self.settings.warmup)
         self.model.train()
@@ -197,15 +131,14 @@ class _Run:
         self.step += 1
         # Early on, a short memory: the random initial weights must not linger in the average.
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        pairs = list(zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True))
+        smooth = [pair for pair in pairs if pair[0].dtype.is_floating_point]
         with torch.no_grad():
-            for mean, value in zip(
-                self.average.state_dict().values(), self.model.state_dict().values(), strict=True
-            ):
-                if mean.dtype.is_floating_point:
-                    mean.lerp_(value, 1 - decay)
-                else:
+            torch._foreach_lerp_([mean for mean, _ in smooth], [value for _, value in smooth], 1 - decay)
+            for mean, value in pairs:
+                if not mean.dtype.is_floating_point:
                     mean.copy_(value)
-        return float(loss.detach())
+        return loss.detach()
 
     def save(self) -> None:
         buffer = io.BytesIO()
@@ -240,6 +173,12 @@ class _Run:
         _log.info("goes on from step %d", step)
 
 
+def noisy_inputs(batch: Batch) -> Inputs:
+    """Add the noise of a batch to its crops."""
+    clean, noise, levels = batch
+    return (clean + noise).contiguous(memory_format=torch.channels_last), noise, levels
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Learning rate as a share of its peak: a linear rise over ``warmup * steps``, then a cosine to 0."""
     rise = warmup * steps
@@ -255,18 +194,42 @@ def _first_model(settings: TrainSettings) -> DnCNN:
         return DnCNN(settings.depth, settings.channels, unshuffle=settings.unshuffle, conditioned=conditioned)
     text = read_bytes(card_path(settings.start), what="The model card of start", error=DenoiserError)
     card = parse_card(text)
-    wanted = (settings.depth, settings.channels, settings.unshuffle, conditioned)
-    found = (card.depth, card.channels, card.unshuffle, card.conditioned)
+    wanted = (settings.depth, settings.channels, settings.unshuffle)
+    found = (card.depth, card.channels, card.unshuffle)
     if found != wanted:
         raise DenoiserError(
-            f"start={settings.start} is another network (depth, channels, unshuffle, conditioned)",
+            f"start={settings.start} is another network (depth, channels, unshuffle)",
             expected=wanted,
             found=found,
         )
-    return deserialise(read_bytes(settings.start, what="start", error=DenoiserError), card)
+    model = deserialise(read_bytes(settings.start, what="start", error=DenoiserError), card)
+    return with_condition(model, conditioned, level=settings.noise_std / 255)
 
 
-def recalibrate(model: DnCNN, batches: Iterator[Tensors]) -> None:
+def with_condition(model: DnCNN, conditioned: bool, *, level: float) -> DnCNN:
+    """Return a folded ``model`` with or without the map that tells the noise level.
+
+    Without it, the network does at first what it did when it was told ``level`` (0..1 scale), but for one
+    pixel (of the unshuffled image) along the border, where the map ended in zeros. A new map has no weight
+    at first: the network does what it did.
+    """
+    if model.conditioned == conditioned:
+        return model
+    changed = DnCNN(
+        model.depth, model.channels, batch_norm=False, unshuffle=model.unshuffle, conditioned=conditioned
+    )
+    state = model.state_dict()
+    first = state["body.0.weight"]
+    if conditioned:
+        state["body.0.weight"] = torch.cat([first, torch.zeros_like(first[:, :1])], dim=1)
+    else:
+        state["body.0.weight"] = first[:, :-1].contiguous()
+        state["body.0.bias"] = state["body.0.bias"] + level * first[:, -1].sum(dim=(1, 2))
+    changed.load_state_dict(state)
+    return changed
+
+
+def recalibrate(model: DnCNN, batches: Iterator[Inputs]) -> None:
     """Measure the statistics of every batch normalisation again, as the plain mean over ``batches``.
 
     Averaged weights have other activations than any of the weights that were averaged, so the running
@@ -288,28 +251,42 @@ def recalibrate(model: DnCNN, batches: Iterator[Tensors]) -> None:
 
 def _optimise(run: _Run, sampler: CropSampler, centres: list[LumaImage]) -> None:
     settings = run.settings
-    losses: list[float] = []
+    losses: list[Tensor] = []
+    total, counted = 0.0, 0
     started, first = time.monotonic(), run.step
     while run.step < settings.steps:
-        losses.append(run.update(*run.to_device(sampler.batch(run.step))))
-        if not math.isfinite(losses[-1]):
-            raise DenoiserError(
-                f"The training diverged in step {run.step}", remedy="Set a smaller lr=, then resume=false"
-            )
+        losses.append(run.update(*noisy_inputs(sampler.batch(run.step))))
         last = run.step == settings.steps
-        if run.step % settings.checkpoint_every == 0 or last:
+        save = run.step % settings.checkpoint_every == 0 or last
+        validate = run.step % settings.validate_every == 0 or last
+        if not (save or validate or len(losses) == _CHECK_EVERY):
+            continue
+        recent = torch.stack(losses).double().cpu()
+        if not bool(torch.isfinite(recent).all()):
+            bad = run.step - len(losses) + 1 + int(torch.isfinite(recent).logical_not().nonzero()[0])
+            raise DenoiserError(
+                f"The training diverged in step {bad}", remedy="Set a smaller lr=, then resume=false"
+            )
+        total, counted = total + float(recent.sum()), counted + len(losses)
+        losses.clear()
+        if save:
             run.save()
-        if run.step % settings.validate_every == 0 or last:
+        if validate:
             pace = (time.monotonic() - started) / (run.step - first)
             message = (
-                f"step {run.step}/{settings.steps}  loss {np.mean(losses) * 255**2:.2f}  {pace:.3f} s/step"
+                f"step {run.step}/{settings.steps}  loss {total / counted * 255**2:.2f}  {pace:.3f} s/step"
             )
             if centres:
                 denoise = network_denoiser(run.average, level=settings.noise_std, device=settings.device)
-                value = mean_psnr(denoise, list(centres[: settings.validation_images]), settings.noise_std)
+                value = _validation_psnr(denoise, centres[: settings.validation_images], settings)
                 message += f"  validation {value:.2f} dB"
             _log.info(message)
-            losses.clear()
+            total, counted = 0.0, 0
+
+
+def _validation_psnr(denoise: Denoise, images: list[LumaImage], settings: TrainSettings) -> float:
+    """Mean PSNR in dB with the noise of the training, as the cipher leaves it."""
+    return mean_psnr(denoise, list(images), settings.noise_std, family=settings.noise_family)
 
 
 def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
@@ -320,7 +297,7 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
 
     def card(value: float | None) -> ModelCard:
         return ModelCard(
-            noise_family="gaussian",
+            noise_family=settings.noise_family,
             noise_std=float(settings.noise_std),
             depth=settings.depth,
             channels=settings.channels,
@@ -343,7 +320,7 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
     if held_out:
         network = deserialise(weights, result)
         denoise = network_denoiser(network, level=settings.noise_std, device=settings.device)
-        result = card(round(mean_psnr(denoise, list(held_out), settings.noise_std), 3))
+        result = card(round(_validation_psnr(denoise, held_out, settings), 3))
     write_atomic(settings.out, weights)
     write_atomic(card_path(settings.out), result.to_json())
     return result
@@ -362,13 +339,6 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as exc:
         raise ConfigError(f"out={out} cannot be written ({exc.strerror})") from exc
-
-
-def _resize(image: LumaImage, scale: float) -> LumaImage:
-    if scale == 1:
-        return image
-    height, width = (max(1, round(side * scale)) for side in image.shape)
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _centre(image: LumaImage, side: int) -> LumaImage:

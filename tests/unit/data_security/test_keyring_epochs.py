@@ -193,7 +193,7 @@ def test_one_denoiser_fits_one_noise_level(entropy, natural) -> None:
     ]
     cipher = RingCipher(ring, noise_secret=NOISE_SECRET)
     assert len(cipher.decrypt(envelopes)) == 2
-    with pytest.raises(CipherParameterError, match="10 in epoch 1, 20 in epoch 2"):
+    with pytest.raises(CipherParameterError, match="gaussian 10 in epoch 1, gaussian 20 in epoch 2"):
         cipher.decrypt(envelopes, denoise=lambda batch: batch)
     assert np.all(cipher.decrypt(envelopes[:1], denoise=lambda batch: batch * 0)[0] == 0)
 

@@ -14,11 +14,10 @@ from sklearn.datasets import load_sample_image
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
-from flep_fl.data_security.denoise.images import load_folder
 from flep_fl.data_security.denoise.inference import network_denoiser, psnr
 from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
 from flep_fl.data_security.denoise.settings import TrainSettings
-from flep_fl.data_security.denoise.train import CropSampler, train_denoiser
+from flep_fl.data_security.denoise.train import train_denoiser, with_condition
 from flep_fl.data_security.denoise.zoo import load_denoiser
 
 
@@ -178,13 +177,28 @@ def test_start_of_another_shape_is_refused(pictures, tmp_path):
         train_denoiser(_settings(pictures, tmp_path / "b", start=tmp_path / "fast.safetensors", channels=8))
 
 
-def test_every_crop_draws_its_level(pictures):
-    sampler = CropSampler(load_folder(pictures), _settings(pictures, Path("unused"), batch=400))
-    _, noise, levels = sampler.batch(0)
-    assert 5 / 255 <= levels.min() < 7 / 255
-    assert 48 / 255 < levels.max() <= 50 / 255
-    ratio = noise.std(axis=(1, 2, 3)) / levels
-    assert 0.8 < ratio.min() < ratio.max() < 1.2
+def test_the_condition_can_be_dropped_and_added():
+    model = fold_batch_norm(_fast())
+    images = torch.rand(2, 1, 20, 20)
+    blind = with_condition(model, False, level=0.1)
+    assert not blind.conditioned
+    with torch.no_grad():
+        told = model(images, torch.full((2,), 0.1))
+        # The map of levels ended in zeros at the border; its effect reaches inwards by the depth.
+        inner = (slice(None), slice(None), slice(8, 12), slice(8, 12))
+        torch.testing.assert_close(blind(images)[inner], told[inner])
+        assert not torch.allclose(blind(images), model(images, torch.full((2,), 0.2)))
+        told_again = with_condition(blind, True, level=0.1)
+        torch.testing.assert_close(told_again(images, torch.rand(2)), blind(images))
+    assert with_condition(model, True, level=0.1) is model
+
+
+def test_a_blind_network_goes_on_from_one_that_was_told(pictures, tmp_path):
+    told = train_denoiser(_settings(pictures, tmp_path))
+    blind = train_denoiser(
+        _settings(pictures, tmp_path / "b", start=tmp_path / "fast.safetensors", blind=True, steps=1, lr=1e-9)
+    )
+    assert (told.conditioned, blind.conditioned) == (True, False)
 
 
 @pytest.mark.parametrize(

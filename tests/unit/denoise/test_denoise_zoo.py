@@ -17,10 +17,10 @@ from safetensors.torch import load, save
 from sklearn.datasets import load_sample_image
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
-from flep_fl.data_security.denoise.card import checksum, deserialise, parse_card, serialise
+from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
 from flep_fl.data_security.denoise.inference import psnr
 from flep_fl.data_security.denoise.network import DnCNN
-from flep_fl.data_security.denoise.zoo import load_denoiser
+from flep_fl.data_security.denoise.zoo import choose, find_card, load_denoiser
 
 STEM = "dncnn9_gaussian_25"
 
@@ -71,7 +71,7 @@ def test_identity_needs_no_pytorch():
 
 @pytest.mark.parametrize("name", ["dncnn", "", "NONE", "../dncnn9"])
 def test_unknown_names(name):
-    with pytest.raises(ConfigError, match="dncnn9 or fast or none"):
+    with pytest.raises(ConfigError, match="dncnn9 or fast or blind or none"):
         load_denoiser(name, 25)
 
 
@@ -97,7 +97,7 @@ def test_the_nearest_level_is_taken(folder, photograph):
     for std, same in ((25, False), (30, False), (55, True), (110, True)):
         restored = load_denoiser("dncnn9", std, weights=folder)(photograph[:, :40, :40])
         assert np.array_equal(restored, photograph[:, :40, :40]) is same
-    with pytest.raises(DenoiserError, match="10 to 50, 24 to 120"):
+    with pytest.raises(DenoiserError, match=r"10 to 120 \(there are networks for 25, 60\)"):
         load_denoiser("dncnn9", 130, weights=folder)
 
 
@@ -177,3 +177,43 @@ def test_what_ships_is_small_folded_and_names_its_data(folder):
     assert card.validation_psnr >= 28.5
     assert "CC" in card.licence
     assert "/" not in card.data
+
+
+def test_all_weights_together_are_small():
+    folder = files("flep_fl.data_security.denoise") / "weights"
+    assert sum(len(entry.read_bytes()) for entry in folder.iterdir()) < 12e6
+
+
+def _two_levels(folder: Path) -> dict[str, ModelCard]:
+    card = parse_card((folder / f"{STEM}.json").read_bytes())
+    return {STEM: card, "dncnn9_gaussian_50": dataclasses.replace(card, noise_std=50.0)}
+
+
+@pytest.mark.parametrize(("std", "level"), [(25, 25), (35, 25), (36, 50), (50, 50), (12, 25), (99, 50)])
+def test_between_two_levels_the_geometric_mean_decides(folder, std, level):
+    assert choose("dncnn9", std, _two_levels(folder), {})[1].noise_std == level
+
+
+@pytest.mark.parametrize(("std", "level"), [(41.9, 25), (42, 50)])
+def test_what_was_measured_decides_instead(folder, std, level):
+    measured = {f"{STEM}|dncnn9_gaussian_50": 42.0, "other|pair": 1.0}
+    assert choose("dncnn9", std, _two_levels(folder), measured)[1].noise_std == level
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": "x"}', '{"a": null}'])
+def test_a_damaged_file_of_switches_is_named(folder, text):
+    (folder / "switches.json").write_text(text)
+    with pytest.raises(DenoiserError, match=r"switches.json is damaged"):
+        load_denoiser("dncnn9", 25, weights=folder)
+
+
+def test_the_card_is_found_without_the_weights():
+    assert find_card("dncnn9", 25.0).noise_std == 25.0
+    assert find_card("fast", 17.0).noise_range == (2.0, 60.0)
+
+
+def test_the_command_of_the_message_fits_the_network(folder):
+    with pytest.raises(
+        DenoiserError, match=r"unshuffle=2 depth=10 noise_family=gaussian.*noise_range=\[2,61\]"
+    ):
+        load_denoiser("fast", 61)
