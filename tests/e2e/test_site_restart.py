@@ -224,4 +224,8 @@ def test_a_new_run_starts_from_the_first_model_again(tmp_path: Path) -> None:
     assert np.array_equal(model(federation, "a"), np.linspace(-1, 1, 50, dtype=np.float32))
     federation.restart("a")
     assert federation.analysts["a"].open().accepted == "", "the sum of a past run is not this run's"
+    assert code(tell(federation, strategy, 3, "a")) == "ok"
+    assert federation.analysts["a"].trained == [1, 2, 3, 3], "nor is the upload of a past run"
+    headers = federation.analysts["a"].open().ledger.entries.headers
+    assert strategy.run.encode() in bytes.fromhex(headers[3])
     assert np.array_equal(model(federation, "a"), np.linspace(-1, 1, 50, dtype=np.float32))
