@@ -185,7 +185,9 @@ class FederationConfig:
 
     ``quorum`` null means ``min_contributors``. ``optimizer``: ``fedavg`` (the average is the model),
     ``fedavgm`` (``momentum``) or ``fedadam`` (``beta_1``, ``beta_2``, ``tau``); ``optimizer_lr`` null: 1 for
-    fedavgm, 0.1 for fedadam, as in Flower.
+    fedavgm, 0.1 for fedadam, as in Flower. ``accept_drop``: an analyst keeps the model that it has when the
+    new one's accuracy on a share ``accept_share`` of its training images, set aside for that, lies by more
+    than this below the best that it has accepted; null: every verified model is taken.
     """
 
     sites: int = 3
@@ -200,6 +202,8 @@ class FederationConfig:
     beta_1: float = 0.9
     beta_2: float = 0.99
     tau: float = 1e-3
+    accept_drop: float | None = None
+    accept_share: float = 0.2
 
 
 @dataclass
@@ -533,6 +537,16 @@ def _check_federation(config: Config) -> None:
         f"federation.quorum={quorum} cannot be reached: {taking_part} of {federation.sites} sites take part "
         "in a round",
         "Lower federation.quorum or raise federation.fraction",
+    )
+    _require(
+        federation.accept_drop is None or 0 <= federation.accept_drop < 1,
+        f"federation.accept_drop={federation.accept_drop} is not a drop of accuracy",
+        "Set federation.accept_drop between 0 and 1 (0.05: five points), or to null to take every model",
+    )
+    _require(
+        0 < federation.accept_share < 1,
+        f"federation.accept_share={federation.accept_share} leaves no validation or no training images",
+        "Set federation.accept_share between 0 and 1; 0.2 is the default",
     )
     federated_optimiser(config)
     _check_trust(config)

@@ -91,6 +91,8 @@ class Evidence:
         Every upload in the order of its arrival.
     strategy
         The cloud's own state after the run.
+    parties
+        The sites themselves, for tests.
     """
 
     config: Config
@@ -99,6 +101,7 @@ class Evidence:
     cloud_kit: CloudKit
     uploads: list[CapturedUpdate]
     strategy: EncryptedFedAvg
+    parties: dict[str, Site]
 
     def kit(self, site: str) -> SiteKit:
         """Return what the analyst of ``site`` holds."""
@@ -170,7 +173,7 @@ def make_federation(
         {_FIRST_NODE + number: sites[name].app for number, name in enumerate(names)}, log=on_event
     )
     run_server_app(cloud_app(strategy), grid, {})
-    return Evidence(config, folder, list(names), cloud_kit, grid.uploads, strategy)
+    return Evidence(config, folder, list(names), cloud_kit, grid.uploads, strategy, sites)
 
 
 def grey_batch(images: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -174,10 +174,9 @@ def run_known(config: Config, settings: KnownPlaintext, folder: Path) -> Outcome
 
 
 def _blind_guess(places: NDArray[np.intp], seed: int) -> NDArray[np.intp]:
-    """Guess a permutation; what the attack left grey stays so, as grey scores more than noise."""
+    """Guess a permutation; as much stays grey as the attack left grey, which scores more than noise."""
     guess = np.random.default_rng(seed).permutation(len(places)).astype(np.intp)
-    guess[places < 0] = -1
-    return guess
+    return np.where(places < 0, -1, guess[places]).astype(np.intp)
 
 
 def _outcome(

@@ -30,7 +30,7 @@ class GradientInversion:
 
     batches: list[int] = field(default_factory=lambda: [1, 4, 8])
     local_steps: int = 1
-    iterations: int = 150
+    iterations: int = 100
     step: float = 0.1
     total_variation: float = 1e-3
     restarts: int = 1
@@ -59,6 +59,120 @@ class KnownPlaintext:
     known: int = 4
 
 
+@dataclass
+class ImageDifference:
+    """Two images released under one secret image."""
+
+    images: str | None = None
+    side: int = 128
+
+
+@dataclass
+class Averaging:
+    """``releases`` of one image; ``holder``: an ``analyst`` with the key bundle, or a ``thief`` without."""
+
+    images: str | None = None
+    side: int = 128
+    releases: int = 32
+    holder: str = "thief"
+
+
+@dataclass
+class Jigsaw:
+    """``side``: of the image, in pixels; the blocks' side is ``cipher.block_side``.
+
+    ``picture``: which of the images, from 0 in the order of their names (1: scikit-image's camera).
+    """
+
+    images: str | None = None
+    picture: int = 1
+    side: int = 128
+
+
+@dataclass
+class BruteForce:
+    """``unknown_bits`` of the 256-bit master key that the attacker lacks; ``tries``: at most so many."""
+
+    images: str | None = None
+    side: int = 64
+    unknown_bits: int = 256
+    tries: int = 4096
+
+
+@dataclass
+class StolenBundle:
+    """``victims``: records in each of two epochs."""
+
+    images: str | None = None
+    side: int = 64
+    victims: int = 4
+
+
+@dataclass
+class SwappedRecords:
+    """``records`` in the archive; ``flips``: archives with one flipped bit, for comparison."""
+
+    images: str | None = None
+    side: int = 32
+    records: int = 6
+    flips: int = 20
+
+
+@dataclass
+class CheatingCloud:
+    """``cheats``: what the cloud does to the sum, out of drop, double, substitute, negate."""
+
+    cheats: list[str] = field(default_factory=lambda: ["drop", "double", "substitute"])
+
+
+@dataclass
+class Poisoning:
+    """One of the analysts poisons: ``kind`` label_flip or scaled_update.
+
+    ``factor``: how far the scaled update goes beyond an honest one. ``accept_drop`` is the value of
+    ``federation.accept_drop`` that the run with acceptance tests takes.
+    """
+
+    kind: str = "label_flip"
+    factor: float = 10.0
+    accept_drop: float = 0.05
+
+
+@dataclass
+class ModelInversion:
+    """A picture of each class out of the final model.
+
+    ``iterations``, ``step``, ``total_variation``, ``jitter`` (noise on the input, 0..1 scale): of the
+    optimisation. ``dp_epsilon`` above 0 puts Flower's
+    ``LocalDpMod`` round every site's training, with ``dp_delta``, ``dp_clipping`` and ``dp_sensitivity``.
+    """
+
+    iterations: int = 200
+    step: float = 0.05
+    total_variation: float = 0.3
+    jitter: float = 0.6
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    dp_clipping: float = 1.0
+    dp_sensitivity: float = 1.0
+
+
+@dataclass
+class MembershipInference:
+    """Whether a given record was trained on, from the final model.
+
+    ``method``: ``loss`` (a threshold) or ``lira`` (``shadows`` models of the attacker's own). The rest is
+    as for :class:`ModelInversion`.
+    """
+
+    method: str = "loss"
+    shadows: int = 8
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    dp_clipping: float = 1.0
+    dp_sensitivity: float = 1.0
+
+
 @dataclass(frozen=True)
 class Attack:
     """One kind of attack: its settings, and the function ``run(config, settings, folder) -> Outcome``."""
@@ -79,6 +193,16 @@ ATTACKS: dict[str, Attack] = {
     "gradient_inversion": Attack(GradientInversion, "flep_fl.attacks.gradient_inversion"),
     "chosen_plaintext": Attack(ChosenPlaintext, "flep_fl.attacks.permutation", "run_chosen"),
     "known_plaintext": Attack(KnownPlaintext, "flep_fl.attacks.permutation", "run_known"),
+    "image_difference": Attack(ImageDifference, "flep_fl.attacks.releases", "run_difference"),
+    "averaging": Attack(Averaging, "flep_fl.attacks.releases", "run_averaging"),
+    "jigsaw": Attack(Jigsaw, "flep_fl.attacks.jigsaw"),
+    "brute_force": Attack(BruteForce, "flep_fl.attacks.image_keys", "run_brute_force"),
+    "stolen_bundle": Attack(StolenBundle, "flep_fl.attacks.image_keys", "run_stolen_bundle"),
+    "swapped_records": Attack(SwappedRecords, "flep_fl.attacks.swapped_records"),
+    "cheating_cloud": Attack(CheatingCloud, "flep_fl.attacks.cheating_cloud"),
+    "poisoning": Attack(Poisoning, "flep_fl.attacks.poisoning"),
+    "model_inversion": Attack(ModelInversion, "flep_fl.attacks.model_inversion"),
+    "membership_inference": Attack(MembershipInference, "flep_fl.attacks.membership"),
 }
 """Attacks by the name that their configuration gives."""
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flep_fl.config import Config
+from flep_fl.data_analyst.acceptance import AcceptanceTest
 from flep_fl.data_analyst.fetch import Progress
 from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.train import evaluate, train_local
+from flep_fl.data_owner.partition import split_test
 from flep_fl.flower.models import export_model, write_model
 from flep_fl.flower.sessions import session_factory
 from flep_fl.flower.site_data import SiteData, load_site_data
@@ -114,16 +115,59 @@ def prepare_site(
 
     session = make_session(initial)
     model_file = out / "model.npz"
+
+    def as_it_comes(model: Arrays) -> Arrays:
+        return model
+
+    choose = as_it_comes
+    # A contribute-only site opens no global model: there is nothing that it could refuse.
+    if config.federation.accept_drop is not None and not kit.contribute_only:
+        data, test = _acceptance(kit.name, config, data, state or kit.folder / "state", on_event)
+
+        def choose(model: Arrays) -> Arrays:
+            return test.consider(model, session.ledger.entries.run)
+
     app = _client_app(
         session,
         config,
         kit.name,
         data,
         mods=changes.mods,
-        on_model=partial(write_model, model_file),
-        on_close=partial(export_model, out),
+        choose=choose,
+        on_model=lambda model: write_model(model_file, choose(model)),
+        on_close=lambda model: export_model(out, choose(model)),
     )
     return Site(app, session, model_file)
+
+
+def _acceptance(
+    name: str, config: Config, data: SiteData, state: Path, on_event: Callable[[str], None]
+) -> tuple[SiteData, AcceptanceTest]:
+    """Set a share of the training images aside, and judge global models by them.
+
+    Raises
+    ------
+    DataError
+        The site has a single training image.
+    """
+    federation = config.federation
+    seed = _training_seed(config.seed, name, 0)  # no round has this number
+    training, validation = split_test(data.train.labels, federation.accept_share, seed)
+    images, labels = data.train.images[validation], data.train.labels[validation]
+    classes, channels = len(data.description.classes), data.train.images.shape[1]
+    model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
+    device = _device(config.runtime.device)
+
+    def score(arrays: Arrays) -> float:
+        set_arrays(model, arrays)
+        return evaluate(model, images, labels, device=device).accuracy
+
+    kept = replace(data.train, images=data.train.images[training], labels=data.train.labels[training])
+    drop = federation.accept_drop or 0.0
+    test = AcceptanceTest(
+        drop, score, state / "acceptance.npz", on_refusal=lambda line: on_event(f"{name}: {line}")
+    )
+    return replace(data, train=kept), test
 
 
 def _client_app(
@@ -133,10 +177,14 @@ def _client_app(
     data: SiteData,
     *,
     mods: Sequence[Mod],
+    choose: Callable[[Arrays], Arrays],
     on_model: Callable[[Arrays], object],
     on_close: Callable[[Arrays], object],
 ) -> ClientApp:
-    """Make an ordinary Flower ClientApp, with encryption as its outermost mod."""
+    """Make an ordinary Flower ClientApp, with encryption as its outermost mod.
+
+    ``choose`` says which model to start from, given the global one.
+    """
     classes, channels = len(data.description.classes), data.train.images.shape[1]
     model = build_model(config.model.name, classes=classes, channels=channels, seed=config.seed)
     device = _device(config.runtime.device)
@@ -155,7 +203,7 @@ def _client_app(
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        set_arrays(model, _arrays(message))
+        set_arrays(model, choose(_arrays(message)))
         number = _round_number(message)
         settings = config.train
         train_local(

@@ -70,7 +70,11 @@ def test_known_images_open_the_papers_cipher_alone(tmp_path: Path, case: str, fa
         assert abs(outcome.success["ssim"] - outcome.baseline["ssim"]) < 0.1
 
 
-@pytest.mark.parametrize(("mode", "falls"), [("open", True), ("trusted", True), ("untrusted", False)])
+@pytest.mark.he
+@pytest.mark.parametrize(
+    ("mode", "falls"),
+    [("open", True), pytest.param("trusted", True, marks=pytest.mark.slow), ("untrusted", False)],
+)
 def test_the_cloud_inverts_what_it_can_read(tmp_path: Path, mode: str, falls: bool) -> None:
     outcome = attack(tmp_path, f"gradient_inversion_{mode}", "attack.batches=[1]", "attack.iterations=60")
     assert outcome.falls is falls
@@ -78,3 +82,94 @@ def test_the_cloud_inverts_what_it_can_read(tmp_path: Path, mode: str, falls: bo
         assert outcome.success["cosine_distance"] < 0.05
     else:
         assert outcome.success["ssim"] < 0.3
+
+
+@pytest.mark.parametrize("kind", ["image_difference", "averaging"])
+@pytest.mark.parametrize(("cipher", "falls"), [("paper", True), ("flep", False), ("aead", False)])
+def test_what_is_released_twice(tmp_path: Path, kind: str, cipher: str, falls: bool) -> None:
+    outcome = attack(tmp_path, f"{kind}_{cipher}", "attack.side=64")
+    assert outcome.falls is falls
+    if not falls:
+        assert outcome.success["ssim"] < outcome.baseline["ssim"] + 0.1
+
+
+def test_an_analyst_averages_the_noise_away(tmp_path: Path) -> None:
+    outcome = attack(tmp_path, "averaging_by_an_analyst", "attack.side=64")
+    assert outcome.falls
+    # 16 releases: 12 dB, less what saturates.
+    assert outcome.success["psnr_db"] - outcome.success["psnr_db_one_release"] > 10
+
+
+@pytest.mark.parametrize(
+    ("case", "falls"), [("jigsaw_block16", True), ("jigsaw_block2", False), ("jigsaw_flep", False)]
+)
+def test_large_blocks_are_put_together_again(tmp_path: Path, case: str, falls: bool) -> None:
+    outcome = attack(tmp_path, case)
+    assert outcome.falls is falls
+    if case == "jigsaw_flep":
+        assert outcome.success["neighbours"] < 0.05
+
+
+def test_a_short_key_is_found_and_a_whole_one_is_not(tmp_path: Path) -> None:
+    short = attack(tmp_path / "short", "brute_force_short_key", "attack.unknown_bits=8", "attack.side=16")
+    assert short.falls
+    assert short.success["psnr_db"] > 15
+    whole = attack(tmp_path / "whole", "brute_force_full_key", "attack.tries=256", "attack.side=16")
+    assert not whole.falls
+    assert whole.success["log10_years_for_256_bits"] > 50
+
+
+@pytest.mark.parametrize("cipher", ["paper", "flep", "aead"])
+def test_an_old_bundle_opens_its_epoch_alone(tmp_path: Path, cipher: str) -> None:
+    outcome = attack(tmp_path, "stolen_bundle", f"cipher={cipher}", "denoiser=none", "attack.side=16")
+    assert not outcome.falls
+    assert outcome.success["opened_of_its_own_epoch"] == 1
+    assert outcome.baseline["opened_of_its_own_epoch"] == 0
+
+
+def test_swapped_records_are_noticed(tmp_path: Path) -> None:
+    outcome = attack(tmp_path, "swapped_records", "attack.flips=3", "attack.records=4")
+    assert not outcome.falls
+    assert outcome.success == {"accepted": 0.0, "honest_archive_accepted": 1.0}
+    assert outcome.baseline == {"accepted": 0.0}
+
+
+@pytest.mark.he
+@pytest.mark.parametrize(("mode", "falls"), [("open", True), ("trusted", False), ("untrusted", False)])
+def test_a_cheating_cloud_is_caught_where_sums_are_checked(tmp_path: Path, mode: str, falls: bool) -> None:
+    outcome = attack(tmp_path, f"cheating_cloud_{mode}", "data.limit=45", "attack.cheats=[drop]")
+    assert outcome.falls is falls
+    assert outcome.success["accepted_drop"] == float(falls)
+    assert outcome.success["honest_sum_accepted"] == 1
+
+
+@pytest.mark.slow  # 20 to 60 s of one core each
+@pytest.mark.parametrize("case", ["local_steps", "inferred_label"])
+def test_local_steps_and_unknown_labels_do_not_help(tmp_path: Path, case: str) -> None:
+    outcome = attack(tmp_path, f"gradient_inversion_{case}", "attack.iterations=80")
+    assert outcome.falls
+    assert outcome.success["labels_right"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["membership_loss", "membership_lira"])
+def test_the_final_model_tells_who_was_in_it(tmp_path: Path, case: str) -> None:
+    assert attack(tmp_path / "plain", case).falls
+    private = attack(tmp_path / "private", f"{case}_dp")
+    assert not private.falls
+    assert private.configuration["epsilon_total"] > 0
+
+
+@pytest.mark.slow
+def test_the_final_model_shows_its_classes(tmp_path: Path) -> None:
+    assert attack(tmp_path / "plain", "model_inversion").falls
+    assert not attack(tmp_path / "private", "model_inversion_dp").falls
+
+
+@pytest.mark.slow
+def test_encryption_does_not_stop_poison_and_acceptance_tests_do(tmp_path: Path) -> None:
+    outcome = attack(tmp_path, "poisoning_scaled_update")
+    assert outcome.falls
+    success = outcome.success
+    assert success["accuracy_with_accept_drop"] > success["accuracy"]
+    assert success["accuracy_honest_with_accept_drop"] > success["accuracy_honest"] - 0.1

@@ -7,16 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from omegaconf import OmegaConf
 from PIL import Image
 
 from flep_fl.attacks.blocks import moved_blocks, original_blocks, put_back
+from flep_fl.attacks.differential_privacy import private_training, promise
+from flep_fl.attacks.jigsaw import assemble, joined_rightly
+from flep_fl.attacks.membership import auc, auc_deviation, confidence, likelihood_ratio, rate_at
+from flep_fl.attacks.model_inversion import correlations
 from flep_fl.attacks.permutation import chosen_images, digits_needed, places_from_digits, places_from_known
 from flep_fl.attacks.pictures import Row
+from flep_fl.attacks.poisoning import scaling
 from flep_fl.attacks.report import Outcome, ThreatModel, write_outcome
-from flep_fl.attacks.settings import ATTACKS, read_settings
+from flep_fl.attacks.settings import ATTACKS, MembershipInference, read_settings
 from flep_fl.attacks.similarity import batch_scores, matched, psnr, ssim
-from flep_fl.contracts.errors import ConfigError
+from flep_fl.attacks.table import BEGIN, END, FIGURES, read_results, replace_table, table
+from flep_fl.config import CONFIG_DIR
+from flep_fl.contracts.errors import ConfigError, DataError
 from flep_fl.data_security.scramble import scramble
+from flep_fl.flower.runtime.wire import set_task_identity
 
 RNG = np.random.default_rng(7)
 
@@ -115,3 +125,110 @@ def test_settings_are_checked() -> None:
         read_settings({"name": "chosen_plaintext", "side": -1})
     with pytest.raises(ConfigError, match="empty"):
         read_settings({"name": "gradient_inversion", "batches": []})
+
+
+def test_the_table_is_put_between_its_markers(tmp_path: Path) -> None:
+    threat = ThreatModel("the AI cloud", ["kit"], ["uploads"])
+    for case, falls in (("b", False), ("a", True)):
+        outcome = Outcome({"cloud": "open", "side": 3}, {"ssim": 0.98749}, {"ssim": 0.1}, falls, "why")
+        write_outcome(
+            tmp_path / case, outcome, attack="gradient_inversion", case=case, command="c", threat_model=threat
+        )
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    replace_table(page, table(read_results(tmp_path)))
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", BEGIN]
+    assert lines[-2:] == [END, "after"]
+    assert "old" not in lines
+    assert lines[4] == "| `a` | the AI cloud | cloud open | 0.987 SSIM | 0.1 SSIM | **falls** |"
+    assert lines[5].endswith("| holds |")
+    page.write_text("nothing")
+    with pytest.raises(DataError, match="no place"):
+        replace_table(page, "x")
+    with pytest.raises(DataError, match="no results"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_every_attack_has_a_case_that_declares_its_threat_model() -> None:
+    cases = {path.stem: OmegaConf.load(path) for path in (CONFIG_DIR / "attack").glob("*.yaml")}
+    declared = {case: config.attack for case, config in cases.items() if "name" in config.get("attack", {})}
+    assert {attack.name for attack in declared.values()} == set(ATTACKS) == set(FIGURES)
+    for case, attack in declared.items():
+        assert set(attack.threat_model) == {"who", "holds", "artefacts"}, case
+        read_settings(OmegaConf.to_container(attack))
+
+
+@pytest.mark.parametrize(
+    ("members", "others", "expected"), [([3, 2], [1, 0], 1), ([0], [1], 0), ([1], [1], 0.5)]
+)
+def test_auc(members: list[float], others: list[float], expected: float) -> None:
+    assert auc(np.array(members), np.array(others)) == expected
+
+
+def test_auc_of_guessing_scatters_as_stated() -> None:
+    areas = [auc(RNG.random(40), RNG.random(60)) for _ in range(400)]
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.02)
+    assert np.std(areas) == pytest.approx(auc_deviation(40, 60), rel=0.15)
+
+
+def test_rate_at_a_share_of_false_alarms() -> None:
+    others = np.arange(100.0)
+    assert rate_at(np.array([99.5, 98.0, 10.0, 2.0]), others, 0.05) == 0.5
+
+
+def test_the_likelihood_ratio_tells_members() -> None:
+    inside = RNG.random((16, 200)) < 0.5
+    shadow = RNG.normal(np.where(inside, 2.0, 0.0), 1.0)
+    is_member = np.arange(200) < 100
+    observed = RNG.normal(np.where(is_member, 2.0, 0.0), 1.0)
+    scores = likelihood_ratio(observed, shadow, inside)
+    assert auc(scores[is_member], scores[~is_member]) > 0.85
+
+
+def test_confidence_is_the_log_odds() -> None:
+    p = np.array([0.1, 0.5, 0.99])
+    assert confidence(-np.log(p)) == pytest.approx(np.log(p / (1 - p)))
+
+
+def test_correlation_finds_the_own_class() -> None:
+    means = RNG.uniform(0, 255, (5, 8, 8))
+    table_ = correlations(means + RNG.normal(0, 5, means.shape), means)
+    assert (table_.argmax(axis=1) == np.arange(5)).all()
+
+
+@pytest.mark.parametrize("side", [1, 2, 8])
+def test_a_smooth_picture_is_assembled(side: int) -> None:
+    y, x = np.mgrid[0:32, 0:32] / 32
+    image = 120 + 60 * np.sin(3 * x + y) + 50 * np.cos(4 * y * x + 1)
+    count = 32 // side
+    truth = np.ascontiguousarray(image.reshape(count, side, count, side).transpose(0, 2, 1, 3))
+    blocks = truth.reshape(-1, side, side)[RNG.permutation(count * count)]
+    grid = assemble(blocks, count, count)
+    assert sorted(grid.ravel()) == list(range(count * count))
+    if side == 8:
+        assert joined_rightly(truth, blocks, grid) == 1
+
+
+def test_without_dp_nothing_is_promised() -> None:
+    settings = MembershipInference()
+    assert promise(settings, 3) == {"epsilon_per_round": None, "epsilon_total": None, "delta_total": None}
+    settings.dp_epsilon = 2.0
+    assert promise(settings, 3)["epsilon_total"] == 6
+    assert len(private_training(settings).mods) == 1
+    settings.dp_clipping = 0.0
+    with pytest.raises(ConfigError, match="LocalDpMod"):
+        private_training(settings)
+
+
+def test_a_scaled_update_points_backwards() -> None:
+    set_task_identity(1)
+    start = {"w": np.array([1.0, 2.0], np.float32)}
+    order = Message(RecordDict({"arrays": ArrayRecord({"w": Array(start["w"])})}), 2, "train")
+
+    def train(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"w": Array(np.array([1.5, 2.0], np.float32))})
+        return Message(RecordDict({"arrays": arrays}), reply_to=message)
+
+    reply = scaling(10.0)(order, Context(1, 2, {}, RecordDict(), {}), train)
+    assert reply.content["arrays"]["w"].numpy().tolist() == [-4.0, 2.0]
