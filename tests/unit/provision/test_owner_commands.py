@@ -172,8 +172,12 @@ def test_the_release_is_measured_against_what_is_stored(
 
 @pytest.mark.parametrize("share", [[0], [2, 2], [-1, 2], [0, 0]])
 def test_a_share_that_is_none_is_refused(share: list[int]) -> None:
+    made = config(Path("owner"), share=share)
+    made.action = "play"
     with pytest.raises(ConfigError, match="is not a share"):
-        to_owner_config(OmegaConf.structured(OwnerConfig(action="play", share=share)))
+        to_owner_config(OmegaConf.structured(made))
+    made.share = [0, 1]
+    to_owner_config(OmegaConf.structured(made))
 
 
 def test_cameras_with_shares_play_every_image_once() -> None:
