@@ -159,7 +159,7 @@ def test_a_record_that_the_disk_spoilt_is_fetched_again(world):
     assert [len(split) for split in pixels(again)] == [15, 5]
 
 
-@pytest.mark.parametrize("damage", ["claims more", "index cut", "index gone"])
+@pytest.mark.parametrize("damage", ["claims more", "index cut", "index shorter", "index gone"])
 def test_a_half_written_download_is_not_taken_for_more_than_it_is(world, damage):
     (fetched,) = world.fetch()
     folder = folder_of(fetched)
@@ -175,6 +175,8 @@ def test_a_half_written_download_is_not_taken_for_more_than_it_is(world, damage)
         (part / "fetch.json").write_text(json.dumps(state | {"records": 18}))
     elif damage == "index cut":
         (part / archive.INDEX).write_bytes((part / archive.INDEX).read_bytes()[:-5])
+    elif damage == "index shorter":
+        (part / archive.INDEX).write_bytes((part / archive.INDEX).read_bytes()[: 5 * archive.ENTRY_BYTES])
     else:
         (part / archive.INDEX).unlink()
     (again,) = world.fetch()
