@@ -85,8 +85,10 @@ class Members:
     present: dict[int, Member] = field(default_factory=dict)
     joined: set[str] = field(default_factory=set)
     layout: ModelLayout | None = None
+    _node_of: dict[str, int] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _ask_again: dict[int, float] = field(default_factory=dict)
+    _layouts: dict[str, ModelLayout] = field(default_factory=dict)
 
     def gather(
         self,
@@ -151,6 +153,7 @@ class Members:
     def forget(self) -> None:
         """Forget all nodes: the SuperLink that knew them is gone, and they come back as new ones."""
         self.present.clear()
+        self._node_of.clear()
         self._refused.clear()
         self._ask_again.clear()
 
@@ -167,7 +170,7 @@ class Members:
         online = set(grid.get_node_ids())
         for gone in set(self.present) - online:
             self.say(f"site {self.present[gone].site} left")
-            del self.present[gone]
+            self._drop(gone)
         for gone in set(self._refused) - online:
             del self._refused[gone]
         later = {node for node, moment in self._ask_again.items() if time.monotonic() < moment}
@@ -200,19 +203,29 @@ class Members:
                 self.say(f"a node was refused ({type(exc).__name__})")
         return joined
 
+    def _drop(self, node: int) -> None:
+        """Forget a member's node."""
+        site = self.present.pop(node).site
+        if self._node_of.get(site) == node:
+            del self._node_of[site]
+
     def _admit(self, node: int, reply: Message, challenge: str) -> None:
         site, identity = self._identify(reply, challenge)
-        layout = ModelLayout.from_json(str(identity.get("layout")))
+        text = str(identity.get("layout"))
+        # Thousands of sites have one model: its description is read, and kept, once.
+        layout = self._layouts.get(text) or ModelLayout.from_json(text)
         self.compare(site, identity)
         if self.layout is not None and layout.digest != self.layout.digest:
             raise _other_layout(site, layout, self.layout)
         # A site that was restarted has a new node before the old one is given up: the newest counts. The
         # challenge makes sure that it is the site itself and not a recording of it.
-        for old in [other for other, member in self.present.items() if member.site == site]:
-            del self.present[old]
+        old = self._node_of.get(site)
+        if old is not None and old in self.present:
+            self._drop(old)
             self._refused[old] = StaleUpdateError.code
         holds, state_challenge = (str(identity.get(name, "")) for name in ("holds", "state_challenge"))
-        self.present[node] = Member(site, layout, holds, state_challenge)
+        self._layouts[text] = layout
+        self.present[node], self._node_of[site] = Member(site, layout, holds, state_challenge), node
         self.joined.add(site)
         self.say(f"site {site} joined ({len(self.present)}/{len(self.site_keys)})")
 
@@ -228,7 +241,8 @@ class Members:
                 error = _other_layout(member.site, member.layout, self.layout)
                 self.say(f"site {member.site} was refused ({type(error).__name__}): {error}")
                 self._refused[node] = error.code
-                del self.present[node]
+                self._drop(node)
+        self._layouts.clear()  # the others' models are of no use any more
 
     def _identify(self, reply: Message, challenge: str) -> tuple[str, dict[str, Any]]:
         """Verify the signed introduction in a hello reply."""

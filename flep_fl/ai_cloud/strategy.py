@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,9 @@ RECONNECT_SECONDS = 60.0
 """How long it waits after the cloud or its SuperLink was started again: every site has to connect first."""
 
 _POLL_SECONDS = 0.2
+
+_CLOSING_SAVES = 64
+"""How often the closing of a run is saved at most: each writes down every site."""
 
 _OWN_LOOP = "EncryptedFedAvg adds replies one by one and sends each sum once: use start()"
 
@@ -518,7 +521,7 @@ class EncryptedFedAvg(Strategy):
         if layout is None:  # pragma: no cover - no round is opened before a site has joined
             raise QuorumError("No site said hello", remedy="Start the sites with `python -m clients`")
         adder = self._make_adder(layout.size)
-        contributions: list[SealedUpdate] = []
+        contributions: dict[str, SealedUpdate] = {}
         for node, reply, reason in replies:
             member = self.members.present.get(node)
             site = member.site if member else f"node {node}"
@@ -530,7 +533,7 @@ class EncryptedFedAvg(Strategy):
                 if status != OK:
                     raise _Refused(status)
                 started = time.perf_counter()
-                update = self._verify(reply, site, layout, [c.header.sender for c in contributions])
+                update = self._verify(reply, site, layout, contributions)
                 adder.add(update.payload)
                 record.seconds["aggregate"] += time.perf_counter() - started
             except _Refused as exc:
@@ -544,8 +547,9 @@ class EncryptedFedAvg(Strategy):
                 self._note_failure(site, MalformedUpdateError.code, f" ({type(exc).__name__})")
             else:
                 record.replied.append(site)
-                contributions.append(update.without_payload())
-        self._finish(adder, contributions, layout)
+                contributions[update.header.sender] = update.without_payload()
+        self._settle_evaluation(evaluated)
+        self._finish(adder, list(contributions.values()), layout)
 
     def _note(self, evaluated: RoundRecord, member: Member, reply: Message) -> None:
         """Account for a reply: its size, its times, and what its site says of the model it received."""
@@ -569,6 +573,12 @@ class EncryptedFedAvg(Strategy):
         if not {"accuracy", "loss", "majority_accuracy"} <= set(figures):
             return
         known[member.site] = figures
+
+    def _settle_evaluation(self, evaluated: RoundRecord) -> None:
+        """Average what the sites said of a round's model; once for all replies, not with every one."""
+        known = self._evaluations.get(evaluated.round)
+        if not known:
+            return
         evaluated.accuracy = _mean(f["accuracy"] for f in known.values())
         evaluated.loss = _mean(f["loss"] for f in known.values())
         evaluated.majority_accuracy = _mean(f["majority_accuracy"] for f in known.values())
@@ -588,6 +598,7 @@ class EncryptedFedAvg(Strategy):
                 self._note_app_metrics("evaluate", reply)
             if status != OK:
                 self._say(f"site {members[node].site} did not evaluate round {evaluated.round}: {status}")
+        self._settle_evaluation(evaluated)
 
     def _note_app_metrics(self, kind: Kind, reply: Message) -> None:
         """Take in what a wrapped app says of itself; our own says nothing."""
@@ -596,7 +607,7 @@ class EncryptedFedAvg(Strategy):
         self._record.failed.append(SiteFailure(site, reason))
         self._say(f"site {site} failed in round {self._record.round}: {reason}{details}")
 
-    def _verify(self, reply: Message, site: str, layout: ModelLayout, seen: list[str]) -> SealedUpdate:
+    def _verify(self, reply: Message, site: str, layout: ModelLayout, seen: Container[str]) -> SealedUpdate:
         """Open an update and hold it against what this round expects of this site."""
         expected = Expectation(
             federation=self.terms.federation,
@@ -669,16 +680,26 @@ class EncryptedFedAvg(Strategy):
         waiting = {n: member for n, member in self.members.present.items() if member.site not in self._closed}
         messages = self._messages("close", self.terms.rounds, self._able(grid, waiting))
         self._account_down(messages)
-        for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
-            member = waiting[node]
-            status = reason if reply is None else reply_status(reply)
-            if reply is not None:
-                self._note_evaluation(evaluated, member, _metrics(reply))
-            if status != SiteLostError.code:
-                self._closed.add(member.site)
-                if status != OK:
-                    self._note_closing(member.site, status)
-                self._save()  # who has heard the last word will not come back for it
+        step, unsaved = math.ceil(len(waiting) / _CLOSING_SAVES), 0
+        try:
+            for node, reply, reason in exchange(grid, messages, timeout=self.terms.round_timeout):
+                member = waiting[node]
+                status = reason if reply is None else reply_status(reply)
+                if reply is not None:
+                    self._note_evaluation(evaluated, member, _metrics(reply))
+                if status != SiteLostError.code:
+                    self._closed.add(member.site)
+                    if status != OK:
+                        self._note_closing(member.site, status)
+                    unsaved += 1
+                if unsaved >= step:
+                    self._settle_evaluation(evaluated)
+                    self._save()  # who has heard the last word will not come back for it
+                    unsaved = 0
+        finally:
+            self._settle_evaluation(evaluated)
+            if unsaved:
+                self._save()
 
     def _note_closing(self, site: str, status: str) -> None:
         self.closing_failures.append(SiteFailure(site, status))

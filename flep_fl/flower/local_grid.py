@@ -24,8 +24,8 @@ from flep_fl.flower.runtime.wire import (
 Scalar = str | int | float | bool
 
 _RUN_ID = 1
-LARGE_MESSAGE = 1_000_000
-"""Bytes from which a message that was dealt with is worth a run of the garbage collector."""
+COLLECT_BYTES = 64_000_000
+"""After messages of so many bytes the garbage collector runs: a run takes a second where sites are many."""
 
 
 class LocalGrid(Grid):
@@ -74,6 +74,7 @@ class LocalGrid(Grid):
         self._objects: dict[str, bytes] = {}
         self._uses: Counter[str] = Counter()
         self._dead: set[int] = set()
+        self._dealt_with = 0  # bytes of messages since the garbage collector ran
         set_task_identity(_RUN_ID)
 
     def kill(self, node: int) -> None:
@@ -136,8 +137,10 @@ class LocalGrid(Grid):
         del wire
         reply = self._execute(message)
         del message
-        if size >= LARGE_MESSAGE:
+        self._dealt_with += size
+        if self._dealt_with >= COLLECT_BYTES:
             # flwr's views of a message (``content.array_records``) are reference cycles that hold it.
+            self._dealt_with = 0
             gc.collect()
         return reply
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -105,9 +107,9 @@ class Federation:
         """``cloud.trust`` of the shared settings."""
         return str(self.shared["cloud"]["trust"])
 
-    def site_keys(self) -> dict[str, Ed25519PublicKey]:
-        """Return the sites' signature keys by name."""
-        return {name: Ed25519PublicKey.from_public_bytes(s.verify_key) for name, s in self.sites.items()}
+    def site_keys(self) -> Mapping[str, Ed25519PublicKey]:
+        """Return the sites' signature keys by name; the same mapping for the same sites."""
+        return _public_keys(tuple((name, site.verify_key) for name, site in self.sites.items()))
 
     def node_keys(self) -> dict[str, bytes]:
         """Return the public keys of the sites' SuperNodes by site, PEM."""
@@ -120,6 +122,12 @@ class Federation:
     def without_consent(self, word: str) -> list[str]:
         """Return the sites that do not consent to ``word``."""
         return sorted(name for name, site in self.sites.items() if word not in site.consents)
+
+
+@lru_cache(maxsize=4)
+def _public_keys(keys: tuple[tuple[str, bytes], ...]) -> Mapping[str, Ed25519PublicKey]:
+    # A simulation of K sites would hold K * K keys otherwise.
+    return MappingProxyType({name: Ed25519PublicKey.from_public_bytes(key) for name, key in keys})
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ def role_of(party: str) -> str:
 def sealed_kit(
     party: str,
     federation: Federation,
+    descriptions: description.KitDescriptions,
     fresh: Mapping[str, bytes],
     kept: Mapping[str, str],
     dealer: Ed25519PrivateKey,
@@ -104,7 +105,7 @@ def sealed_kit(
 
     Parameters
     ----------
-    party, federation
+    party, federation, descriptions
         Whose kit, and what it says.
     fresh
         Files that are new.
@@ -120,7 +121,7 @@ def sealed_kit(
     dict
         SHA-256 (hex) of all files but the manifest, new and kept.
     """
-    files = {**fresh, description.NAME: description.describe_kit(federation, role_of(party), party)}
+    files = {**fresh, description.NAME: descriptions.of(role_of(party), party)}
     digests = {**kept, **{name: manifest.file_digest(data) for name, data in files.items()}}
     optional = {name for name in digests if name.startswith("previous-")}
     signed = manifest.sign_manifest(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flep_fl.contracts.files import write_secret
 from flep_fl.provision import certificates
 from flep_fl.provision.dealer import STATE, Dealer, Ledger, load_dealer
 from flep_fl.provision.description import NAME as DESCRIPTION
+from flep_fl.provision.description import KitDescriptions
 from flep_fl.provision.identities import (
     CLOUD,
     DEALER,
@@ -132,15 +133,18 @@ def create_kits(
         _make_room(out, (CLOUD, OWNER, *sites))
         # Until this mark is gone, the kits are refused, and the same command starts from the beginning.
         write_secret(out / CREATING, json.dumps([CLOUD, OWNER, *sites]).encode())
-        dealer, kits = _found(
+        dealer, fresh = _found(
             shared, sites, address=address, tls=wanted, names=names, days=(server_days, authority_days)
         )
-        for party, files in kits.items():
+        digests: dict[str, Mapping[str, str]] = {}
+        for party, files, digest in _kits(dealer, fresh):
             write_folder(out / party, files)
+            digests[party] = digest
+        dealer = replace(dealer, ledger=replace(dealer.ledger, files=digests))
         prefix = f"{DEALER}/"
         write_folder(out / DEALER, {name.removeprefix(prefix): data for name, data in dealer.files().items()})
         remove(out / CREATING)
-    return [out / party for party in kits]
+    return [out / party for party in digests]
 
 
 def add_sites(
@@ -320,7 +324,7 @@ def _found(
     names: Sequence[str],
     days: tuple[int, int],
 ) -> tuple[Dealer, dict[str, dict[str, bytes]]]:
-    """Draw everybody's keys; return the dealer's part and the kits by party."""
+    """Draw everybody's keys; return the dealer's part and the new files by party."""
     server_days, authority_days = days
     signing_key, ca_key = Ed25519PrivateKey.generate(), certificates.new_private_key()
     cloud_signing, owner_signing = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
@@ -366,7 +370,7 @@ def _found(
             **keys_for(name, keys, federation, signing_key),
         }
     ledger = Ledger(federation, tuple(names), server_days, server_public, {}, dict.fromkeys(sites, 1))
-    return _sealed(Dealer(ledger, signing_key, ca, ca_key, keys), fresh)
+    return Dealer(ledger, signing_key, ca, ca_key, keys), fresh
 
 
 def _rotated(
@@ -481,18 +485,31 @@ def _sealed(
     dealer: Dealer, fresh: Mapping[str, Mapping[str, bytes]]
 ) -> tuple[Dealer, dict[str, dict[str, bytes]]]:
     """Give every kit its description and manifest; note all digests in the dealer's ledger."""
-    federation = dealer.ledger.federation
     kits: dict[str, dict[str, bytes]] = {}
-    digests: dict[str, dict[str, str]] = {}
-    for party in (CLOUD, OWNER, *federation.sites):
-        kits[party], digests[party] = sealed_kit(
-            party,
-            federation,
-            fresh.get(party, {}),
-            dealer.ledger.files.get(party, {}),
-            dealer.signing_key,
-        )
+    digests: dict[str, Mapping[str, str]] = {}
+    for party, files, digest in _kits(dealer, fresh):
+        kits[party], digests[party] = files, digest
     return replace(dealer, ledger=replace(dealer.ledger, files=digests)), kits
+
+
+def _kits(
+    dealer: Dealer, fresh: Mapping[str, Mapping[str, bytes]]
+) -> Iterator[tuple[str, dict[str, bytes], dict[str, str]]]:
+    """Yield every party, its new files, and the digests of all of its files: one kit in memory at a time."""
+    federation = dealer.ledger.federation
+    descriptions = KitDescriptions(federation)
+    for party in (CLOUD, OWNER, *federation.sites):
+        yield (
+            party,
+            *sealed_kit(
+                party,
+                federation,
+                descriptions,
+                fresh.get(party, {}),
+                dealer.ledger.files.get(party, {}),
+                dealer.signing_key,
+            ),
+        )
 
 
 def _new_keys(generation: int, shared: Shared) -> tuple[GenerationKeys, bytes]:
