@@ -39,6 +39,12 @@ ADDITIVE_NOISE = ("gaussian", "laplacian", "rayleigh")
 NOISE_FAMILIES = (*ADDITIVE_NOISE, "rician", "poisson_gaussian", "salt_and_pepper")
 """Families of noise; only additive ones can be taken off again with a key."""
 
+RAY_ADDRESSES = ("local", "auto")
+"""What ``runtime.address`` may be with ``runtime=ray``, beside HOST:PORT of a cluster."""
+
+DATA_SETS = ("elpv", "digits", "fashion_mnist", "synthetic", "folder")
+"""Names of the owner's sources; the code for each is in :mod:`flep_fl.data_owner.sources`."""
+
 SHARED_SECTIONS = ("seed", "cloud", "ckks", "model", "train", "federation", "denoiser", "restore")
 """Sections that every party of a federation must hold alike; they travel in the startup kit."""
 
@@ -210,6 +216,9 @@ class FederationConfig:
 class RuntimeConfig:
     """Processes and hardware. ``idle_timeout`` 0 waits for ever; ``threads`` null lets torch choose.
 
+    ``name``: ``process`` (server and clients), ``local`` or ``ray`` (simulation, in one process or on Ray).
+    ``address`` is where sites reach the cloud; with ``ray`` it is Ray's: ``local``, ``auto`` or HOST:PORT.
+
     ``tls`` of the sites' port: ``auto`` is on unless the address is loopback; ``off`` works on loopback only.
     ``database`` is where the cloud's SuperLink keeps messages until they are fetched: ``disk`` or ``memory``.
     """
@@ -292,8 +301,9 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to hydra under the name ``flep_schema``."""
+    """Make the schema known to hydra under the name ``flep_schema``, and ``${times:a,b}`` to YAML."""
     ConfigStore.instance().store(name="flep_schema", node=Config)
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -355,7 +365,7 @@ def check(config: Config) -> None:
     _one_of("noise.recovery", config.noise.recovery, ("denoise", "keyed"))
     _one_of("restore.order", config.restore.order, ("restore_first", "denoise_first"))
     _one_of("denoiser", config.denoiser.name, ("dncnn9", "fast", "blind", "none"), targets)
-    _one_of("data", config.data.name, ("elpv", "digits", "folder"), targets)
+    _one_of("data", config.data.name, DATA_SETS, targets)
     _one_of("data.mode", config.data.mode, ("grey", "native"))
     _one_of("partition", config.partition.name, ("iid", "dirichlet"), targets)
     _one_of("model", config.model.name, ("cnn", "mobilenet_v3_small", "resnet18"), targets)
@@ -363,7 +373,7 @@ def check(config: Config) -> None:
     _one_of("train.optimizer", config.train.optimizer, ("sgd", "adam", "adamw"))
     _one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
     _one_of("runtime.tls", config.runtime.tls, ("auto", "on", "off"))
-    _one_of("runtime.name", config.runtime.name, ("process", "local"))
+    _one_of("runtime.name", config.runtime.name, ("process", "local", "ray"))
     _one_of("tracking", config.tracking.name, ("none", "tensorboard", "mlflow"))
     _one_of("report", config.report.name, ("full", "brief", "none"))
     _require(
@@ -490,7 +500,8 @@ def _check_training(config: Config) -> None:
     )
     host, _, port = config.runtime.address.rpartition(":")
     _require(
-        bool(host) and port.isdigit() and 0 < int(port) < 65536,
+        (config.runtime.name == "ray" and config.runtime.address in RAY_ADDRESSES)
+        or (bool(host) and port.isdigit() and 0 < int(port) < 65536),
         f"runtime.address={config.runtime.address} is not HOST:PORT",
         "Set runtime.address to something like 127.0.0.1:9092",
     )

@@ -20,6 +20,7 @@ from flep_fl.contracts.errors import (
     MissingExtraError,
 )
 from flep_fl.contracts.owner_records import OwnerImage
+from flep_fl.data_owner import fashion_mnist, synthetic
 from flep_fl.data_owner.partition import stratified_subset
 
 GreyImage = NDArray[np.uint8]
@@ -82,9 +83,9 @@ def load_source(
     Parameters
     ----------
     name
-        A key of :data:`SOURCES`: ``elpv``, ``digits`` or ``folder``.
+        A key of :data:`SOURCES`: ``elpv``, ``digits``, ``fashion_mnist``, ``synthetic`` or ``folder``.
     path
-        The folder of class subfolders, for ``folder``.
+        The folder of class subfolders, for ``folder``; a local copy, for ``fashion_mnist``.
     image_size
         Side in pixels to which every image is reduced (area average, so without aliasing), 1..16384;
         None keeps the native size.
@@ -107,7 +108,9 @@ def load_source(
     MissingExtraError
         The data set's package is not installed.
     EmptyDatasetError
-        The folder, or one of its class folders, holds no image.
+        The folder, or one of its class folders, holds no image; a file of a data set is missing.
+    DataError
+        A data set cannot be downloaded, or is not the published one.
     ImageFormatError
         A file does not decode to such pixels (raised on access for ``folder``).
     """
@@ -288,6 +291,16 @@ def _load_digits(_path: Path | None) -> OwnerImages:
     )
 
 
+def _load_fashion_mnist(path: Path | None) -> OwnerImages:
+    images, labels = fashion_mnist.load_fashion_mnist(path)
+    return OwnerImages("fashion_mnist", images, labels, fashion_mnist.CLASSES)  # type: ignore[arg-type]
+
+
+def _load_synthetic(_path: Path | None) -> OwnerImages:
+    images = synthetic.SyntheticImages()
+    return OwnerImages("synthetic", images, synthetic.synthetic_labels(), synthetic.CLASSES)
+
+
 def _load_folder(path: Path | None) -> OwnerImages:
     if path is None:
         raise ConfigError(
@@ -354,5 +367,11 @@ def _require(module: str, setting: str, extra: str) -> ModuleType:
         ) from exc
 
 
-SOURCES: dict[str, Loader] = {"elpv": _load_elpv, "digits": _load_digits, "folder": _load_folder}
+SOURCES: dict[str, Loader] = {
+    "elpv": _load_elpv,
+    "digits": _load_digits,
+    "fashion_mnist": _load_fashion_mnist,
+    "synthetic": _load_synthetic,
+    "folder": _load_folder,
+}
 """Data sets by name; add one by adding an entry."""

@@ -72,6 +72,7 @@ def prepare_site(
     *,
     state: Path | None = None,
     changes: SiteChanges = SiteChanges(),  # frozen
+    data: SiteData | None = None,
     on_event: Callable[[str], None] = lambda _line: None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Site:
@@ -89,6 +90,8 @@ def prepare_site(
         Folder of the ledger; ``state`` in the kit where None.
     changes
         How this site departs from the ordinary one.
+    data
+        The site's images where they are restored already; ``archive`` is not read then.
     on_event
         Gets one line of progress at a time.
     on_progress
@@ -105,7 +108,9 @@ def prepare_site(
         ``restore.order``.
     """
     make_session = session_factory(kit, config, state or kit.folder / "state")
-    data = changes.data(load_site_data(kit, config, archive, on_event=on_event, on_progress=on_progress))
+    if data is None:
+        data = load_site_data(kit, config, archive, on_event=on_event, on_progress=on_progress)
+    data = changes.data(data)
     on_event(f"restored {len(data.train)} training and {len(data.test)} held-out images, in memory only")
     classes, channels = len(data.description.classes), data.train.images.shape[1]
 

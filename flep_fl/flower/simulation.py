@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flwr.serverapp import ServerApp
+
 from flep_fl.config import Config, ckks_line, shared_part
+from flep_fl.contracts.errors import ConfigError
 from flep_fl.contracts.ports import Entropy
 from flep_fl.data_security.stream import derive_key, keystream
 from flep_fl.entry import output_dir
 from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
+from flep_fl.flower.ray_sites import SiteFolders, ray_client
 from flep_fl.flower.run_report import plain_settings, write_run_report
 from flep_fl.flower.run_tracking import tracked
-from flep_fl.provision.kits import OWNER, create_kits, load_cloud_kit, load_owner_kit, load_site_kit
+from flep_fl.flower.runtime.ray_engine import LOCAL, require_ray, run_on_ray
+from flep_fl.provision.kits import (
+    OWNER,
+    Federation,
+    SiteKit,
+    create_kits,
+    load_cloud_kit,
+    load_owner_kit,
+    load_site_kit,
+)
 from flep_fl.provision.owner import release_data_set
 from flep_fl.reporting.console import Progress, print_table, warn_few_contributors
 from flep_fl.reporting.results import build_results, write_json
 
 _FIRST_NODE = 2  # Flower's node 1 is the cloud
+_NO_ADDRESS = "127.0.0.1:9092"  # kits name one; nobody listens there
 
 
 def site_names(count: int) -> list[str]:
@@ -53,17 +68,22 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     dict
         The content of ``results.json``.
     """
+    on_ray = _checked_runtime(config)
     progress = Progress("simulation")
     warn_few_contributors(config.federation.min_contributors, progress)
     progress(ckks_line(config))
     names = config.sites or site_names(config.federation.sites)
+    # The machines of a cluster have no folder in common but the run's.
+    where = out if on_ray and config.runtime.address != LOCAL else None
+    if where is not None:
+        where.mkdir(parents=True, exist_ok=True)
     with (
         tracked(config, out, plain_settings(config), progress) as tracker,
-        tempfile.TemporaryDirectory(prefix="flep-") as folder,
+        tempfile.TemporaryDirectory(prefix="flep-", dir=where) as folder,
         progress.live(),
     ):
         kits, archives = Path(folder) / "kits", Path(folder) / "archives"
-        create_kits(shared_part(config), names, kits, address=config.runtime.address)
+        create_kits(shared_part(config), names, kits, address=_NO_ADDRESS)
         cloud_kit = load_cloud_kit(kits / "cloud")
         release = release_data_set(
             config,
@@ -72,12 +92,6 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
             entropy=seeded_entropy(config.seed),
             on_event=progress,
         )
-        sites = {
-            name: prepare_site(
-                load_site_kit(kits / name), config, archives / name, out / "sites" / name, on_event=progress
-            )
-            for name in names
-        }
         # The keys of a simulation are gone when it ends: there would be nothing to resume it with.
         strategy = cloud_strategy(
             cloud_kit,
@@ -87,9 +101,10 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
             on_rounds=lambda: tracker.update(strategy.rounds),
             checkpoint=False,
         )
-        apps = {_FIRST_NODE + number: sites[name].app for number, name in enumerate(names)}
+        folders = SiteFolders(tuple(names), kits, archives, out / "sites", config)
+        play = _on_ray if on_ray else _in_process
         try:
-            run_server_app(cloud_app(strategy), LocalGrid(apps, log=progress), {})
+            play(cloud_app(strategy), folders, cloud_kit.federation, progress)
         finally:
             results = build_results(
                 cloud=config.cloud.trust,
@@ -109,6 +124,53 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
     if report is not None:
         progress(f"report: {report}")
     return results
+
+
+def _checked_runtime(config: Config) -> bool:
+    """Return whether Ray runs the sites; refuse what a simulation does not do."""
+    if config.runtime.name not in ("local", "ray"):
+        raise ConfigError(
+            f"runtime={config.runtime.name} is no simulation",
+            expected="runtime=local (one process) or runtime=ray",
+            remedy="Leave runtime out, or start `python -m server` and `python -m clients`",
+        )
+    if config.runtime.name == "ray":
+        require_ray()
+    return config.runtime.name == "ray"
+
+
+def _in_process(server: ServerApp, folders: SiteFolders, federation: Federation, progress: Progress) -> None:
+    sites = [
+        prepare_site(
+            shared_kit(load_site_kit(folders.kits / name), federation),
+            folders.config,
+            folders.archives / name,
+            folders.out / name,
+            on_event=progress,
+        )
+        for name in folders.names
+    ]
+    apps = {_FIRST_NODE + number: site.app for number, site in enumerate(sites)}
+    run_server_app(server, LocalGrid(apps, log=progress), {})
+
+
+def _on_ray(server: ServerApp, folders: SiteFolders, federation: Federation, progress: Progress) -> None:
+    run_on_ray(
+        server,
+        ray_client(folders),
+        nodes=len(folders.names),
+        address=folders.config.runtime.address,
+        cpus=folders.config.runtime.threads or 1,
+        log=progress,
+    )
+
+
+def shared_kit(kit: SiteKit, federation: Federation) -> SiteKit:
+    """Let a kit hold the one record of the federation that all parties of a simulation have in common.
+
+    Every kit names every site: a thousand kits with records of their own would hold a million entries.
+    """
+    return replace(kit, federation=federation) if kit.federation == federation else kit
 
 
 def seeded_entropy(seed: int) -> Entropy:
