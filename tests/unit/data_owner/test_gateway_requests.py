@@ -590,15 +590,15 @@ def test_an_old_request_does_not_come_back_with_a_clock_that_is_set_back() -> No
 
 
 def test_a_caller_with_a_wrong_clock_closes_no_ones_time_but_his_own() -> None:
-    """He signs in the future until his floor is there, and lets all else of his run out."""
+    """His floor lies in the future, and all that he used besides runs out before it does."""
     memory = NonceMemory(per_caller=4, seconds=10)
-    for number in range(4):
-        memory.use(b"bad", f"f{number}", 110, 100.0)
-    for number in range(4):
-        memory.use(b"bad", f"l{number}", 91, 100.0)
-    assert not memory.use(b"bad", "x", 105, 100.0)
+    assert memory.use(b"bad", "future", 110, 100.0)
+    assert all(memory.use(b"bad", f"late {number}", 91, 100.0) for number in range(4))
+    assert not memory.use(b"bad", "x", 105, 100.0), "up to 110 he has closed his own time"
     assert memory.use(b"good", "g", 102, 102.0)
     assert memory.use(b"good", "h", 103, 103.0)
+    assert not memory.use(b"bad", "y", 105, 103.0)
+    assert memory.use(b"bad", "z", 111, 111.0)
 
 
 def test_colluding_callers_fill_nobodys_memory_but_their_own() -> None:
