@@ -144,13 +144,14 @@ def test_a_crash_at_any_write_loses_nothing(
     assert np.abs(model(federation, "a") - federation.expected(EVERYBODY, 3)).max() < 1e-6
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another run's", "empty"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another run's", "older", "empty"])
 def test_a_damaged_sum_on_disk_is_asked_for_again(tmp_path: Path, damage: str) -> None:
     federation = make_sessions(tmp_path)
     strategy = begin(federation, 2)
+    path = tmp_path / "a" / "sum.bin"
+    older = path.read_bytes()
     tell(federation, strategy, 3, "a")
     federation.restart("a")
-    path = tmp_path / "a" / "sum.bin"
     blob = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
@@ -161,6 +162,9 @@ def test_a_damaged_sum_on_disk_is_asked_for_again(tmp_path: Path, damage: str) -
         path.write_bytes(blob)
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "older":
+        assert older != blob
+        path.write_bytes(older)
     else:
         other = make_sessions(tmp_path / "other")
         tell(other, begin(other, 2), 3, "a")
