@@ -162,7 +162,7 @@ def test_a_bad_payload_leaves_the_sum_as_it_was(make: Any, profile: Profile) -> 
         good[:-1], good + b"\0", good[:8], good[:40], b"", b"FLEPMX1\n", good[:16] + good[24:],
         alter(good, lambda v: v.__setitem__(0, np.nan)), alter(good, lambda v: v.__setitem__(0, np.inf)),
         alter(good, lambda v: v.__setitem__(0, 1e30)), good[:start] + b"\xff" * 8 + good[start + 8 :],
-        good[:start] + bytes(8) + good[start + 8 :],
+        good[:start] + bytes(8) + good[start + 8 :], good[:8] + bytes(8) + good[16:],
         good[: start + 16] + b"\xff" * 15 + good[start + 31 :],  # coefficients of the tail, not reduced
     ]  # fmt: skip
     for payload in bad:

@@ -101,6 +101,19 @@ def test_what_a_cloud_could_relay_instead_is_refused(case: str) -> None:
         REFUSED[case]()
 
 
+def test_another_message_that_a_site_signed_is_no_statement() -> None:
+    key = Ed25519PrivateKey.generate()
+    words = ("federation", "run", "key_id", "config", "layout", "accepted")
+    holding = {**dict.fromkeys(words, "x"), "round": 1}
+    fields = {"site": "a", "challenge": "00", "holding": holding, "commitment": "00", "sealed": ""}
+    keys = {"a": key.public_key()}
+    good = seal_control({"what": "flep-fl/state-statement/v1", **fields}, key)
+    assert Statement.from_bytes(good, keys).site == "a"
+    for other in ({"what": "flep-fl/something/v1", **fields}, fields, {"what": "", "extra": 1, **fields}):
+        with pytest.raises(TransferError, match="not in the format"):
+            Statement.from_bytes(seal_control(other, key), keys)
+
+
 def test_an_altered_statement_is_refused() -> None:
     good = says("b")
     for index in range(0, len(good), 7):
