@@ -11,6 +11,9 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.config import to_config
 
     config = to_config(cfg)
+    from flep_fl.reporting.tracking import require_tracking
+
+    require_tracking(config.tracking.name)
     from flep_fl.flower.simulation import run_simulation
 
     run_simulation(config)

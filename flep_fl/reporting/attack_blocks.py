@@ -92,7 +92,7 @@ def _pictures(attacks: Sequence[AttackRun]) -> list[Block]:
         for name, data in attack.pictures():
             caption = f"{verdict}: {_figures(attack.results['success'])}"
             alt = f"Pictures of the attack {case_of(attack)}, file {name}; {caption}"
-            pictures.append(Picture(case_of(attack), data, alt, caption))
+            pictures.append(Picture(case_of(attack), data, alt, caption, small=False))
     note = "In each picture the original stands above what the attack made of the bytes that it had."
     return [Pictures("What the attacks made of it", pictures, note, wide=True)] if pictures else []
 
