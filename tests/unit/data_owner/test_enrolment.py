@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,43 @@ def test_a_suspension_names_the_key_that_it_suspends(tmp_path: Path) -> None:
     with pytest.raises(EnrolmentError, match="another key"):
         found.apply(statement(action="suspend", key=OTHER), now=NOW)
     assert standing(found) == "enrolled"
+
+
+def test_an_old_approval_behind_a_suspension_on_file_does_not_bring_a_device_back(tmp_path: Path) -> None:
+    """Whoever can write the file copies a line that was signed; its turn is over."""
+    found = registry(tmp_path)
+    found.apply(statement(), now=NOW)
+    found.apply(statement(action="suspend"), now=NOW)
+    file = tmp_path / "devices.jsonl"
+    first = file.read_bytes().splitlines(keepends=True)[0]
+    file.write_bytes(file.read_bytes() + first)
+    with pytest.raises(EnrolmentError, match="line 3 of the registry"):
+        registry(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"administrator": "../x"},
+        {"action": "remove"},
+        {"action": ["enrol"]},
+        {"device": ""},
+        {"key": "AB" * 32},
+        {"generation": -1},
+        {"generation": True},
+        {"datasets": []},
+        {"datasets": "plates"},
+        {"datasets": ["plates", "plates"]},
+        {"datasets": [f"d{number}" for number in range(100)]},
+        {"issued": 1.5},
+        {"expires": NOW},
+        {"signature": "00"},
+    ],
+)
+def test_a_statement_with_a_field_out_of_range_is_refused_when_it_is_read(change: dict[str, object]) -> None:
+    fields = json.loads(statement().to_bytes()) | change
+    with pytest.raises(EnrolmentError, match="wrong"):
+        Approval.from_bytes(json.dumps(fields).encode())
 
 
 def test_fewer_than_k_do_not_enrol(tmp_path: Path) -> None:
