@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flep_fl.contracts.errors import TransferError, UpdateError
+from flep_fl.model_security import optimiser
+from flep_fl.model_security.held_state import HeldState
 from flep_fl.model_security.keyring import CheckKey
+from flep_fl.model_security.optimiser_settings import OptimiserSettings
 from flep_fl.model_security.seal import seal_control
 from flep_fl.model_security.transfer import (
     Holding,
@@ -168,3 +172,20 @@ def test_a_commitment_depends_on_the_key_the_state_and_whose_it_is() -> None:
         commitment(KEY, HOLDING, STATE[:-1] + b"\1"),
     }
     assert len(others) == 4 and first not in others
+
+
+def test_a_donor_hands_over_the_state_that_it_committed_to(tmp_path: Path) -> None:
+    """The others vouch for the commitment, and for nothing else that the donor sends."""
+    key, settings = CheckKey.generate(), OptimiserSettings("fedadam", 0.1)
+    words = ("federation", "run", "key_id", "config", "layout", "accepted")
+    holding = Holding(**dict.fromkeys(words, "x"), round=2)
+    first, second = (optimiser.start(settings, np.full(3, value)).to_bytes() for value in (1.0, 2.0))
+    sealed = seal_state(key, "transfer", holding, first)
+    here = HeldState(settings, key, tmp_path, replace(holding, round=0), np.zeros(3))
+    earlier = replace(holding, round=1)
+    for named, state in ((holding, second), (earlier, first)):
+        with pytest.raises(TransferError, match="not the one that its statements name"):
+            here.take_over(Statement("a", "00", named, commitment(key, holding, state)), sealed)
+    assert not here.weights.any()
+    here.take_over(Statement("a", "00", holding, commitment(key, holding, first)), sealed)
+    assert np.array_equal(here.weights, np.ones(3))
