@@ -176,7 +176,8 @@ def test_an_endless_head_is_cut_off(gateway: GatewayProcess) -> None:
     with raw(gateway, b"GET /health HTTP/1.1\r\nX: ") as connection, contextlib.suppress(OSError):
         for _ in range(100):
             connection.sendall(b"y" * 4096)
-        assert answer(connection) == b""
+        found = answer(connection)
+        assert found == b"" or found.startswith(b"HTTP/1.1 431 "), found
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(gateway: GatewayProcess) -> None:
