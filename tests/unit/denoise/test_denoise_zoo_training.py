@@ -89,7 +89,8 @@ def test_the_command_trains_all_that_ships(pictures, tmp_path):
         *(f"dncnn9_gaussian_{level}" for level in (5, 10, 15, 25, 35, 50)),
         *("fast_gaussian", "blind_gaussian", "fast_laplacian", "fast_rayleigh"),
     ]
-    small = [f"networks.{stem}.{change}" for stem in stems for change in ("channels=2", "batch=2", "crop=16")]
+    changes = ("+networks.{}.channels=2", "networks.{}.batch=2", "networks.{}.crop=16")
+    small = [change.format(stem) for stem in stems for change in changes]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "scripts.train_zoo", f"images={pictures}", f"out={tmp_path}/zoo"),
