@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import secrets
+import shutil
 import stat
 from dataclasses import replace
 
@@ -25,6 +28,7 @@ from flep_fl.contracts.errors import (
     NotReleasedError,
     OwnerPinError,
     OwnerUnreachableError,
+    ReleaseChangedError,
     TamperedReleaseError,
     UnknownGrantError,
 )
@@ -34,6 +38,7 @@ from flep_fl.contracts.records import SealedRecord
 from flep_fl.data_analyst import keystore as keystores
 from flep_fl.data_analyst.keystore import Keystore
 from flep_fl.data_analyst.owner_client import parse_address
+from flep_fl.data_security.wrapping import wrap_bundle
 from flep_fl.private_database.grants import revoke_grant
 
 
@@ -110,6 +115,42 @@ def test_new_and_deleted_records_cost_no_second_download(world):
     assert less.downloaded <= 4
     assert sum(map(len, pixels(less))) == 23
     assert victim not in {record.record_id for record in less.archive.records("train")}
+
+
+def test_a_release_of_the_same_size_is_not_taken_for_the_same(world):
+    world.fetch()
+    world.fill(1, start=100)  # number 0 of those is for testing
+    (new,) = world.ids
+    victim = next(record for record in world.database.records() if record.split == "test")
+    assert victim.record_id != new.record_id
+    world.database.delete([victim.record_id])
+    world.book.release()
+    (fetched,) = world.fetch()
+    names = {record.record_id for record in fetched.archive.records("test")}
+    assert len(names) == 5 and new.record_id in names and victim.record_id not in names
+
+
+def test_a_share_that_grows_is_fetched_whole(world):
+    for index in (0, 1):  # one of the two holds the first record
+        world.give(world.me, share=(index, 2), not_after=FAR + 2 * index + 1)
+        (part,) = world.fetch()
+        assert 0 < sum(map(len, pixels(part))) < 20
+        world.give(world.me, not_after=FAR + 2 * index + 2)
+        (whole,) = world.fetch()
+        assert sum(map(len, pixels(whole))) == 20
+        shutil.rmtree(world.folder / "cache")
+
+
+def test_a_release_that_never_stands_still_is_given_up(world):
+    def change(path, answer):
+        if path == "records":
+            raise ReleaseChangedError("again")
+        return answer
+
+    world.server.tamper = change
+    with pytest.raises(ReleaseChangedError):
+        world.fetch()
+    assert len(world.asked("records")) == 3
 
 
 def test_a_release_that_changes_under_way_is_opened_again(world):
@@ -233,17 +274,17 @@ def resigned(key, **changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dataset": "other"}, "data set"),
-        ({"epoch": 7}, "epoch"),
-        ({"key_id": "0" * 32}, "key"),
-        ({"analyst": "bob"}, "analyst"),
-        ({"analyst_encryption_key": "1" * 64}, "decryption key"),
-        ({"analyst_verify_key": "1" * 64}, "signing key"),
-        ({"owner": "2" * 64}, "owner"),
-        ({"grant_id": "3" * 32}, "grant"),
-        ({"release_id": "3" * 32}, "release"),
-        ({"bundle_sha256": "4" * 64}, "key bundle"),
-        ({"manifest_sha256": "4" * 64}, "manifest"),
+        ({"dataset": "other"}, "names another data set"),
+        ({"epoch": 7}, "another manifest's epoch"),
+        ({"key_id": "0" * 32}, r"another manifest's key\b(?! bundle)"),
+        ({"analyst": "bob"}, "another manifest's analyst"),
+        ({"analyst_encryption_key": "1" * 64}, "another analyst's decryption key"),
+        ({"analyst_verify_key": "1" * 64}, "another analyst's signing key"),
+        ({"owner": "2" * 64}, "names another owner"),
+        ({"grant_id": "3" * 32}, "names another grant"),
+        ({"release_id": "3" * 32}, "names another release"),
+        ({"bundle_sha256": "4" * 64}, "names another key bundle"),
+        ({"manifest_sha256": "4" * 64}, r"names another manifest\b(?!')"),
         ({"not_after": 1}, "has ended"),
     ],
 )
@@ -252,6 +293,66 @@ def test_a_grant_binds_everything(world, changes, words):
     with pytest.raises(GrantError, match=words):
         world.fetch()
     assert world.keystore.grants(expired=True) == []
+
+
+def reissued(world, bundle=None, **changes):
+    """An owner that signs a manifest of other content, or wraps another bundle, and a grant that fits it."""
+
+    def tamper(path, opened):
+        if path != "open":
+            return opened
+        head = archive.ArchiveHead.from_bytes(opened.manifest)
+        document = GrantDocument.from_bytes(opened.grant)
+        wrapped, mine = opened.bundle, dict(changes)
+        if bundle is not None:
+            context = archive.wrap_context(document.analyst, document.dataset, document.epoch)
+            wrapped = wrap_bundle(bundle.to_bytes(), world.me.encryption_key, context=context)
+            mine["bundle_sha256"] = hashlib.sha256(wrapped).hexdigest()
+            document = replace(document, bundle_sha256=mine["bundle_sha256"])
+        own = {name: mine.pop(name) for name in ("bundle_sha256", "sealed_description") if name in mine}
+        data = replace(head, manifest=replace(head.manifest, **mine), **own).to_bytes()
+        grant = replace(document, manifest_sha256=hashlib.sha256(data).hexdigest()).to_bytes()
+        return replace(
+            opened,
+            grant=grant,
+            grant_signature=world.signing.sign(signed_message(grant)),
+            manifest=data,
+            manifest_signature=world.server.key + world.signing.sign(archive.signed_message(data)),
+            bundle=wrapped,
+        )
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"site": "bob"}, "another manifest's analyst"),
+        ({"dataset": "other"}, "another manifest's data set"),
+        ({"epoch": 7}, "another manifest's epoch"),
+        ({"key_id": "0" * 32}, r"another manifest's key\b(?! bundle)"),
+        ({"bundle_sha256": "4" * 64}, "another manifest's key bundle"),
+        ({"sealed_description": bytes(80)}, "description does not belong"),
+    ],
+)
+def test_a_manifest_binds_the_same(world, changes, words):
+    world.server.tamper = reissued(world, **changes)
+    with pytest.raises(GrantError, match=words):
+        world.fetch()
+    assert world.keystore.grants(expired=True) == []
+
+
+def test_a_bundle_that_is_not_the_one_of_the_grant_is_refused(world):
+    bundle = world.database.bundle("cells", 1)
+    for other in (bundle.rotate(), replace(bundle, epoch=2)):
+        world.server.tamper = reissued(world, bundle=other)
+        with pytest.raises(GrantError, match="not the one that it names"):
+            world.fetch()
+    world.server.tamper = lambda path, answer: answer
+    (fetched,) = world.fetch()
+    with pytest.raises(GrantError, match="not the one that the grant names"):
+        world.keystore.store(fetched.document, bundle.rotate())
+    assert world.keystore.held(fetched.document.owner, "cells").bundle == bundle
 
 
 def test_a_grant_of_somebody_else_is_refused(world):
@@ -270,6 +371,11 @@ def test_a_grant_of_somebody_else_is_refused(world):
 
     world.server.tamper = manifest
     with pytest.raises(GrantError, match="manifest is signed by somebody else"):
+        world.fetch()
+    world.server.tamper = lambda path, opened: (
+        replace(opened, manifest_signature=world.server.key + bytes(64)) if path == "open" else opened
+    )
+    with pytest.raises(GrantError, match="manifest is not signed by this data owner"):
         world.fetch()
 
 
@@ -345,6 +451,25 @@ def test_out_of_reach_the_cache_serves_while_the_grant_runs(world):
         world.keystore.held(fetched.document.owner, "cells")
     assert world.keystore.forget_expired() == 1
     world.server = OwnerServer(world.book, world.signing)
+
+
+def test_out_of_reach_the_cache_serves_no_other_key(world):
+    world.fetch()
+    url, key = world.server.url, world.server.key.hex()
+    world.server.stop()
+    with pytest.raises(OwnerUnreachableError):
+        world.fetch(address=f"{url}#{'0' * 64}")
+    (fetched,) = world.fetch(address=f"{url}#{key}")
+    assert fetched.downloaded == 0
+    world.server = OwnerServer(world.book, world.signing)
+
+
+def test_an_owner_takes_back_what_is_its_own_alone(world):
+    (fetched,) = world.fetch()
+    other = replace(fetched.document, owner="5" * 64, dataset="theirs")
+    world.keystore.store(other, fetched.bundle)
+    world.fetch()
+    assert world.keystore.held(other.owner, "theirs").document == other
 
 
 def test_an_analyst_without_a_grant_gets_nothing(world):
@@ -466,6 +591,36 @@ def test_what_is_no_keystore_is_named(tmp_path):
     (tmp_path / "x.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(KeystoreError):
         Keystore(tmp_path / "x.db", key_file=tmp_path / "x.key")
+
+
+def test_what_is_sealed_in_a_keystore_stays_in_its_place(tmp_path):
+    import sqlite3
+
+    path, key = tmp_path / "k.db", tmp_path / "k.key"
+    with Keystore(path, key_file=key) as store:
+        store.pin("https://one", b"1" * 32)
+        store.pin("https://two", b"2" * 32)
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        (first, _), (second, sealed) = raw.execute("SELECT name, sealed FROM entries").fetchall()
+        assert first != second
+        raw.execute("UPDATE entries SET sealed = ? WHERE name = ?", (sealed, first))
+    with Keystore(path, key_file=key) as store, pytest.raises(KeystoreError, match="altered"):
+        store.pinned("https://one"), store.pinned("https://two")
+
+
+def test_other_files_and_versions_are_named(tmp_path):
+    import sqlite3
+
+    path, key = tmp_path / "k.db", tmp_path / "k.key"
+    Keystore(path, key_file=key).close()
+    with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("UPDATE head SET version = 2")
+    with pytest.raises(KeystoreError, match="format that this release does not read"):
+        Keystore(path, key_file=key)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as raw, raw:
+        raw.execute("CREATE TABLE songs (name TEXT)")
+    with pytest.raises(KeystoreError, match="this is not a keystore"):
+        Keystore(tmp_path / "other.db", key_file=key)
 
 
 def test_forgotten_keys_leave_the_file(world):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
 import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import httpx
@@ -39,6 +41,60 @@ def test_an_index_that_never_ends_is_given_up(world):
     with pytest.raises(FetchError, match="lead nowhere"):
         world.fetch()
     assert len(world.asked("index")) < 5
+
+
+def test_an_index_that_never_ends_in_full_pages_is_given_up(world):
+    def endless(path, answer):
+        if path != "index":
+            return answer
+        if len(world.asked("index")) > 20:
+            raise ConnectionError
+        return IndexPage(bytes(8 * archive.ENTRY_BYTES), 1000 + len(world.asked("index")))
+
+    world.server.tamper = endless
+    with pytest.raises(TamperedReleaseError, match="index is not the one"):
+        world.fetch()
+    assert len(world.asked("index")) == 3  # 24 entries of 20
+
+
+def test_an_index_that_holds_something_twice_is_refused(world):
+    (fetched,) = world.fetch()
+    head = fetched.archive.head
+    entries = archive.unpack_index((folder_of(fetched) / archive.INDEX).read_bytes())
+    # Of one split and length, so that nothing but the double shows.
+    pair = [entry for entry in entries if entry.split == "train"][:2]
+    place = entries.index(pair[1])
+    for name, words in (("record_id", "names a record twice"), ("digest", "holds one record twice")):
+        doubled = list(entries)
+        doubled[place] = replace(pair[1], **{name: getattr(pair[0], name)})
+        index = b"".join(entry.pack() for entry in doubled)
+        signed = replace(head, index_sha256=hashlib.sha256(index).hexdigest())
+        with pytest.raises(TamperedReleaseError, match=words):
+            fetching._checked_index(index, signed)
+
+
+def test_a_redirect_is_not_followed(world):
+    class Elsewhere(BaseHTTPRequestHandler):
+        def log_message(self, *_arguments):
+            pass
+
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("location", world.server.url + self.path)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        with pytest.raises(FetchError, match="refused"):
+            world.fetch(address=f"http://127.0.0.1:{server.server_address[1]}")
+        assert world.server.requests == []
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_records_that_never_come_are_given_up(world):

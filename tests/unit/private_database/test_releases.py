@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import sqlite3
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from flep_fl.data_security.wrapping import unwrap_bundle
 from flep_fl.private_database.access import releases
 from flep_fl.private_database.grants import create_grant, list_grants, revoke_grant
 from flep_fl.private_database.releases import ReleaseBook
+from flep_fl.private_database.sealing import unseal
 from flep_fl.private_database.store import OwnerDatabase
 
 KEY = secrets.token_bytes(32)
@@ -234,6 +237,7 @@ def test_a_grant_ends_and_a_clock_set_back_does_not_bring_it_back(owner, ann):
     wall[0] += 3601
     with pytest.raises(GrantExpiredError):
         owner.pages(grant, ann, release_id)
+    assert owner.book.grants_of(ann.verify_key) == []
     wall[0] -= 86400
     with pytest.raises(GrantExpiredError):
         owner.book.open_grant(grant.grant_id, ann.verify_key)
@@ -260,6 +264,18 @@ def test_a_grant_is_for_one_key_and_one_data_set(owner, ann):
         owner.pages(grant, ann, other.release_id)
     with pytest.raises(UnknownGrantError):
         owner.pages(grant, mallory, other.release_id)
+    assert owner.book.grants_of(mallory.verify_key) == []
+    assert owner.book.grants_of(ann.verify_key) == [grant]
+
+
+def test_a_release_of_another_epoch_is_not_served(owner, ann):
+    owner.book.release()
+    grant = owner.grant(ann)
+    release_id = owner.book.open_grant(grant.grant_id, ann.verify_key).release_id
+    owner.database.set_bundle("cells", owner.database.bundle("cells", 1).rotate())
+    for call in (owner.pages, owner.entries):
+        with pytest.raises(ReleaseChangedError):
+            call(grant, ann, release_id)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +285,21 @@ def test_a_grant_is_for_one_key_and_one_data_set(owner, ann):
 def test_unusable_grants_are_refused(owner, ann, settings):
     with pytest.raises(GrantError):
         owner.grant(ann, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "a" * 300}, "name"),
+        ({"verify_key": bytes(31)}, "wrong length"),
+        ({"encryption_key": bytes(33)}, "wrong length"),
+    ],
+)
+def test_unusable_analysts_get_no_grant(owner, ann, change, words):
+    with pytest.raises(GrantError, match=words):
+        create_grant(owner.database, dataset="cells", analyst=replace(ann.analyst, **change), not_after=FAR)
+    assert list_grants(owner.database) == []
 
 
 def test_a_key_of_low_order_gets_no_grant(owner):
@@ -288,6 +319,93 @@ def test_deletion_takes_the_cached_ciphertext_along(owner, ann):
     fresh = owner.book.release()
     assert (fresh.records, fresh.encrypted) == (19, 0)
     assert victim not in {r.record_id for r in owner.pages(grant, ann, fresh.release_id)}
+
+
+def stored_order(owner):
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:
+        return [row[0] for row in raw.execute("SELECT record_id FROM records ORDER BY seq")]
+
+
+def test_positions_do_not_follow_the_order_of_ingestion(owner, ann):
+    owner.fill(40, start=100)
+    owner.book.release()
+    grant = owner.grant(ann)
+    release_id = owner.book.open_grant(grant.grant_id, ann.verify_key).release_id
+    released = [record.record_id for record in owner.pages(grant, ann, release_id)]
+    assert released != stored_order(owner) and sorted(released) == sorted(stored_order(owner))
+
+
+@pytest.mark.parametrize("moment", ["before it is cached", "before it is frozen"])
+def test_an_epoch_that_begins_during_a_release_ends_it(owner, ann, monkeypatch, moment):
+    grant = owner.grant(ann)
+    encrypted = ReleaseBook._encrypted
+
+    def revoking(*given):
+        revoke_grant(owner.database, grant.grant_id)
+        return encrypted(*given)
+
+    if moment == "before it is cached":
+        # One batch is enough, so the revocation comes once.
+        with contextlib.closing(sqlite3.connect(owner.database.path)) as raw, raw:
+            raw.execute("PRAGMA foreign_keys=OFF")
+            raw.execute("DELETE FROM images WHERE seq > 10")
+            raw.execute("DELETE FROM records WHERE seq > 10")
+        monkeypatch.setattr(ReleaseBook, "_encrypted", revoking)
+        with pytest.raises(NotReleasedError, match="a new key epoch of cells began"):
+            owner.book.release()
+        cached = 0
+    else:
+        with pytest.raises(NotReleasedError, match="a new key epoch of cells began"):
+            owner.book.release(on_progress=lambda *_state: revoke_grant(owner.database, grant.grant_id))
+        cached = 20  # under the key of before; the next release drops it
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:
+        assert raw.execute("SELECT count(*) FROM released").fetchone() == (cached,)
+        assert raw.execute("SELECT count(*) FROM snapshots").fetchone() == (0,)
+    monkeypatch.undo()
+    assert owner.book.release().epoch == 2
+
+
+def test_a_record_that_is_deleted_during_a_release_is_left_out(owner, ann, monkeypatch):
+    victim = stored_order(owner)[0]
+    encrypted = ReleaseBook._encrypted
+
+    def deleting(*given):
+        pairs = encrypted(*given)
+        owner.database.delete([victim])
+        return pairs
+
+    monkeypatch.setattr(ReleaseBook, "_encrypted", deleting)
+    assert owner.book.release().records == 19
+    grant = owner.grant(ann)
+    release_id = owner.book.open_grant(grant.grant_id, ann.verify_key).release_id
+    assert victim not in {record.record_id for record in owner.pages(grant, ann, release_id)}
+
+
+def test_two_releases_at_once_hold_every_record_once(owner, ann, monkeypatch):
+    encrypted = ReleaseBook._encrypted
+
+    def twice(*given):
+        pairs = encrypted(*given)
+        monkeypatch.undo()
+        assert ReleaseBook(owner.database, SIGNING).release().encrypted == 20
+        return pairs
+
+    monkeypatch.setattr(ReleaseBook, "_encrypted", twice)
+    released = owner.book.release()
+    assert (released.records, released.encrypted, released.number) == (20, 0, 1)
+    grant = owner.grant(ann)
+    assert len({record.record_id for record in owner.pages(grant, ann, released.release_id)}) == 20
+
+
+def test_cached_ciphertext_goes_with_its_data_key(owner):
+    owner.book.release()
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:
+        name, wrapped, parts = raw.execute(
+            "SELECT record_id, wrapped_key, sealed_parts FROM released JOIN records USING (seq) LIMIT 1"
+        ).fetchone()
+    assert unseal(owner.database.data_key(name, wrapped), parts, what="parts", place=f"{name}/1")
+    with pytest.raises(DatabaseError, match="corrupt"):
+        owner.database.unseal(parts, what="parts", place=f"{name}/1")
 
 
 def test_records_without_a_label_stay(owner, ann):
