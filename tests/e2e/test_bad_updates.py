@@ -241,6 +241,7 @@ def test_an_evaluation_that_comes_late_does_not_replace_the_others(tmp_path: Pat
     record, member = strategy.rounds[0], next(iter(strategy.members.present.values()))
     before = record.accuracy
     strategy._note_evaluation(record, member, {"accuracy": 1.0, "loss": 0.0, "majority_accuracy": 0.5})
+    strategy._settle_evaluation(record)
     known = strategy._evaluations[1]
     assert len(known) == 3
     assert record.accuracy == pytest.approx(sum(k["accuracy"] for k in known.values()) / 3)

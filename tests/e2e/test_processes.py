@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,9 @@ def test_a_cloud_and_three_sites_end_by_themselves(parties: Parties) -> None:
     server = [parties.processes["cloud"].pid, *descendants(parties.processes["cloud"].pid)]
     site = parties.processes["a"].pid
     assert len(server) >= 2, "the server's own process and the SuperLink"
+    host, _, port = parties.address.rpartition(":")
+    authority = parties.folder / "kits" / "a" / "ca.crt"
+    assert ssl.get_server_certificate((host, int(port)), ca_certs=str(authority)), "it speaks TLS"
     for pid in (*server, site):
         os.kill(pid, signal.SIGSTOP)  # nobody may end, or clean up, while we copy
     try:
