@@ -14,13 +14,14 @@ from owner_server import OwnerServer
 from flep_fl.config import shared_part
 from flep_fl.contracts.errors import ConfigError, DataError, EmptyDatasetError
 from flep_fl.contracts.owner_records import Analyst
+from flep_fl.data_analyst.restore import RestoredSplit
 from flep_fl.data_owner.sources import load_source
 from flep_fl.data_security.keys import ImageKeyBundle, NoiseParameters
 from flep_fl.data_security.presets import get_preset
 from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
-from flep_fl.flower.site_data import load_site_data
+from flep_fl.flower.site_data import _joined, load_site_data
 from flep_fl.private_database.grants import create_grant
 from flep_fl.private_database.releases import ReleaseBook
 from flep_fl.private_database.store import OwnerDatabase
@@ -134,6 +135,17 @@ def test_one_of_several_owners_may_hold_nothing_out(tmp_path: Path, owners: list
             load_site_data(kit, make_config(*TWO, f"data.owners=[{other.server.url}]"), None)
     finally:
         other.close()
+
+
+def test_owners_of_different_image_sizes_do_not_mix() -> None:
+    def split(side: int) -> RestoredSplit:
+        return RestoredSplit(np.zeros((3, 1, side, side), np.float32), np.arange(3), (f"skipped-{side}",))
+
+    both = _joined([split(8), None, split(8)], "train")
+    assert both.images.shape == (6, 1, 8, 8) and both.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert both.skipped == ("skipped-8", "skipped-8")
+    with pytest.raises(DataError, match="differ in size or channels"):
+        _joined([split(8), split(9)], "train")
 
 
 def test_an_archive_or_owners_but_not_both(tmp_path: Path) -> None:
