@@ -22,6 +22,17 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     mode
         Permission bits of the new file.
     """
+    temporary = _write_beside(path, data, mode)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _write_beside(path: Path, data: bytes, mode: int) -> Path:
+    """Write a file of another name into the folder of ``path``, whole and on the disk, or leave none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -31,11 +42,10 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    return temporary
 
 
 def sync_folder(folder: Path) -> None:
@@ -60,19 +70,11 @@ def create_secret(path: Path, data: bytes) -> bool:
     bool
         Whether this call made the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = _write_beside(path, data, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o600)
-            os.fsync(file.fileno())
-        try:
-            path.hardlink_to(temporary)
-        except FileExistsError:
-            return False
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

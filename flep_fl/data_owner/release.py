@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flep_fl.contracts import archive
 from flep_fl.contracts.archive import ArchiveDescription, ArchiveHead, IndexEntry
 from flep_fl.contracts.errors import ArchiveError, ConfigError, RecordError
+from flep_fl.contracts.files import sync_folder
 from flep_fl.contracts.owner_records import OwnerImage, stacked
 from flep_fl.contracts.ports import Entropy, ImageCipher
 from flep_fl.contracts.records import ArchiveManifest
@@ -228,27 +229,19 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _publish(work: Path, out: Path) -> None:
     """Move the finished folder into place; an old archive is moved aside first and then removed."""
-    _sync_folder(work)
+    sync_folder(work)
     old: Path | None = None
     if out.exists():
         old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old.")) / out.name
         out.rename(old)
     work.rename(out)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
     if old is not None:
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _signing_key(raw: bytes) -> Ed25519PrivateKey:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flep_fl.contracts.errors import KitError
-from flep_fl.contracts.files import read_bytes, write_secret
+from flep_fl.contracts.files import read_bytes, sync_folder, write_secret
 from flep_fl.provision.identities import DEALER
 from flep_fl.provision.manifest import NAME as MANIFEST
 
@@ -74,7 +74,7 @@ def remove(path: Path) -> None:
     """Remove a file, where it is there, so that it does not come back after a loss of power."""
     path.unlink(missing_ok=True)
     if path.parent.exists():
-        _sync(path.parent)
+        sync_folder(path.parent)
 
 
 def staged(folder: Path) -> Path:
@@ -92,7 +92,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     stage = staged(folder)
     _write_plain(stage, files)
     stage.replace(folder)
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], removed: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], re
     content = {str(number): files[name] for number, name in enumerate(names)}
     _write_plain(stage, {**content, _PLAN: json.dumps(plan).encode()})
     stage.rename(out / DEALER / "pending")
-    _sync(out / DEALER)
+    sync_folder(out / DEALER)
     resume(out)
 
 
@@ -148,7 +148,7 @@ def resume(out: Path) -> dict[str, Any] | None:
     for name in removed:
         remove(out / name)
     pending.rename(done)
-    _sync(out / DEALER)
+    sync_folder(out / DEALER)
     shutil.rmtree(done)
     return request
 
@@ -174,12 +174,4 @@ def _write_plain(folder: Path, files: Mapping[str, bytes]) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder)
