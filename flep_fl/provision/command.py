@@ -142,15 +142,16 @@ def _report(change: Change, out: Path) -> None:
     federation = change.federation
     if change.resumed:
         say("the same command had been interrupted; it is finished now")
+    if change.finished:
+        say(f"another command had been interrupted and was finished first: {change.finished}")
     _print_fingerprints(federation, change.dealer)
     say(
         f"{change.action}: generation {federation.generation}, revision {federation.revision}, "
         f"{len(federation.sites)} sites; stop all parties, copy these files, then start them again:"
     )
     for party in (CLOUD, OWNER, *federation.sites):
-        new_kit = change.action == "add" and party in change.sites
         names = sorted(change.files[party])
-        if new_kit:
+        if party in change.new:
             say(f"  {out / party}: the whole kit, over a safe channel")
         else:
             public = [name for name in names if name not in SECRET]

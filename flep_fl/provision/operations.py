@@ -16,6 +16,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from flep_fl.config import canonical_json
+from flep_fl.contracts.differences import differences
 from flep_fl.contracts.errors import ConfigError, KitError, ProvisionInterruptedError
 from flep_fl.contracts.files import write_secret
 from flep_fl.provision import certificates
@@ -37,8 +39,10 @@ from flep_fl.provision.issue import (
     sealed_kit,
 )
 from flep_fl.provision.loading import previous_name
+from flep_fl.provision.manifest import NAME as MANIFEST
 from flep_fl.provision.settings import (
     Revise,
+    Settle,
     Shared,
     check_names,
     check_roles,
@@ -50,6 +54,7 @@ from flep_fl.provision.settings import (
 )
 from flep_fl.provision.transaction import (
     CREATING,
+    begun,
     commit,
     locked,
     remove,
@@ -73,8 +78,13 @@ class Change:
         The dealer's public key, 32 bytes.
     files
         Names of the files that each party needs now, by party.
+    new
+        Sites that have no kit yet.
     resumed
         Whether the same command had been interrupted, and was finished now instead of done a second time.
+    finished
+        Another command that had been interrupted and was finished before this one; empty if there was none.
+        ``files`` are all files then.
     """
 
     action: str
@@ -82,7 +92,9 @@ class Change:
     federation: Federation
     dealer: bytes
     files: Mapping[str, Sequence[str]]
+    new: tuple[str, ...] = ()
     resumed: bool = False
+    finished: str = ""
 
 
 def create_kits(
@@ -172,6 +184,9 @@ def add_sites(
     """
     check_names(sites)
 
+    def settle(shared: Shared, count: int) -> Shared:
+        return settled(shared, count + len(sites), revise)
+
     def change(dealer: Dealer) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
         old = dealer.ledger.federation
         taken = [name for name in sites if name in old.sites or (out / name / DESCRIPTION).exists()]
@@ -181,7 +196,7 @@ def add_sites(
                 remedy="Choose another name; for new keys, revoke the site, remove its old kit and add it",
             )
         _refuse_occupied(out, sites)
-        shared = settled(old.shared, len(old.sites) + len(sites), revise)
+        shared = settle(old.shared, len(old.sites))
         check_roles(shared, [*old.sites, *sites])
         new = {name: new_site(name, shared) for name in sites}
         federation = replace(
@@ -205,7 +220,7 @@ def add_sites(
             }
         return changed, fresh, []
 
-    return _apply(out, "add", sites, change, **cloud)
+    return _apply(out, "add", sites, change, settle, **cloud)
 
 
 def revoke_sites(
@@ -233,6 +248,9 @@ def revoke_sites(
     """
     check_names(sites)
 
+    def settle(shared: Shared, count: int) -> Shared:
+        return settled(without_sites(shared, sites), count - len(sites), revise)
+
     def change(dealer: Dealer) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
         known = dealer.ledger.federation.sites
         unknown = [name for name in sites if name not in known]
@@ -242,9 +260,9 @@ def revoke_sites(
                 expected="some of " + ", ".join(known),
                 remedy="Name the sites to revoke",
             )
-        return _rotated(dealer, without=sites, revise=revise, **cloud)
+        return _rotated(dealer, without=sites, settle=settle, **cloud)
 
-    return _apply(out, "revoke", sites, change, **cloud)
+    return _apply(out, "revoke", sites, change, settle, **cloud)
 
 
 def rotate_keys(out: Path, *, revise: Revise = lambda shared: shared, **cloud: Any) -> Change:
@@ -265,10 +283,13 @@ def rotate_keys(out: Path, *, revise: Revise = lambda shared: shared, **cloud: A
         The dealer's folder is missing or damaged.
     """
 
-    def change(dealer: Dealer) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
-        return _rotated(dealer, without=(), revise=revise, **cloud)
+    def settle(shared: Shared, count: int) -> Shared:
+        return settled(shared, count, revise)
 
-    return _apply(out, "rotate", (), change, **cloud)
+    def change(dealer: Dealer) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
+        return _rotated(dealer, without=(), settle=settle, **cloud)
+
+    return _apply(out, "rotate", (), change, settle, **cloud)
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -377,14 +398,14 @@ def _rotated(
     dealer: Dealer,
     *,
     without: Sequence[str],
-    revise: Revise,
+    settle: Settle,
     address: str | None = None,
     hosts: Sequence[str] | None = None,
 ) -> tuple[Dealer, dict[str, dict[str, bytes]], list[str]]:
     """Start the next generation, without some sites."""
     old, ledger = dealer.ledger.federation, dealer.ledger
     remaining = {name: site for name, site in old.sites.items() if name not in without}
-    shared = settled(without_sites(old.shared, without), len(remaining), revise)
+    shared = settle(old.shared, len(old.sites))
     keys, context = _new_keys(old.generation + 1, shared)
     federation = replace(
         old,
@@ -451,12 +472,13 @@ def _apply(
     action: str,
     sites: Sequence[str],
     change: Callable[[Dealer], tuple[Dealer, dict[str, dict[str, bytes]], list[str]]],
+    settle: Settle,
     *,
     address: str | None = None,
     hosts: Sequence[str] | None = None,
 ) -> Change:
     """Read the dealer's folder, compute a change, and make it in one step."""
-    request = {
+    request: dict[str, Any] = {
         "action": action,
         "sites": sorted(sites),
         "address": address,
@@ -468,17 +490,83 @@ def _apply(
                 f"The creation of the kits in {out} was interrupted",
                 remedy="Run the command with action=create again; nobody can have used these kits",
             )
-        resumed = resume(out) == request
+        pending = begun(out)
+        resumed = pending is not None and _is_repeated(pending, request, settle)
+        resume(out)
         dealer = load_dealer(out)
-        if resumed:
-            files = {party: list(names) for party, names in dealer.ledger.files.items()}
-        else:
+        kits: Mapping[str, Mapping[str, bytes]] = {}
+        if not resumed:
+            old = dealer.ledger.federation
             changed, fresh, removed = change(dealer)
             dealer, kits = _sealed(changed, fresh)
+            request["settings"] = {
+                "before": old.shared,
+                "sites": len(old.sites),
+                "after": dealer.ledger.federation.shared,
+            }
             content = {f"{party}/{name}": data for party, new in kits.items() for name, data in new.items()}
             commit(out, request, {**content, **dealer.files()}, removed)
+        if pending is None:
             files = {party: sorted(new) for party, new in kits.items()}
-    return Change(action, tuple(sites), dealer.ledger.federation, dealer.public_key, files, resumed=resumed)
+        else:  # what the interrupted command wrote has reached nobody yet
+            files = {party: sorted({*names, MANIFEST}) for party, names in dealer.ledger.files.items()}
+    added = {*sites} if action == "add" else set()
+    finished = ""
+    if pending is not None and not resumed:
+        finished = _described(pending)
+        added |= {*pending["sites"]} if pending["action"] == "add" else set()
+    federation = dealer.ledger.federation
+    return Change(
+        action,
+        tuple(sites),
+        federation,
+        dealer.public_key,
+        files,
+        new=tuple(name for name in federation.sites if name in added),
+        resumed=resumed,
+        finished=finished,
+    )
+
+
+def _is_repeated(pending: Mapping[str, Any], request: Mapping[str, Any], settle: Settle) -> bool:
+    """Whether the command that was interrupted is given again, and not another one.
+
+    Raises
+    ------
+    ProvisionInterruptedError
+        It is given again with other settings, and could not be done once more with these.
+    """
+    if any(pending.get(name) != request[name] for name in ("action", "sites")):
+        return False
+    settings = pending["settings"]
+    # What the settings given now would have made of those before the command: an option left out counts too.
+    now = json.loads(canonical_json(settle(settings["before"], settings["sites"])))
+    found = differences(now, settings["after"])
+    for key, name in (("runtime.address", "address"), ("provision.hosts", "hosts")):
+        if request[name] != pending[name]:
+            found.append((key, request[name], pending[name]))
+    if found and request["action"] != "rotate":
+        raise ProvisionInterruptedError(
+            f"{_described(pending)} was interrupted and is not finished; it was given again with other "
+            "settings, and nothing was done",
+            expected=", ".join(f"{key}={then!r}" for key, _, then in found),
+            found=", ".join(f"{key}={now!r}" for key, now, _ in found),
+            remedy="Run it again with the settings of the first time; then change them with action=rotate",
+        )
+    return not found
+
+
+def _described(pending: Mapping[str, Any]) -> str:
+    """Return the command that was interrupted, as it is given."""
+    settings = pending["settings"]
+    changed = [
+        (key, new)
+        for key, new, _ in differences(settings["after"], settings["before"])
+        if key != "federation.sites"
+    ]
+    sites = [f"sites=[{','.join(pending['sites'])}]"] if pending["sites"] else []
+    given = [f"{key}={new}" for key, new in changed]
+    return " ".join([f"action={pending['action']}", *sites, *given])
 
 
 def _sealed(

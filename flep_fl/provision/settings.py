@@ -18,6 +18,8 @@ from flep_fl.provision.identities import CLOUD, DEALER, OWNER
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Shared = Mapping[str, Any]
 Revise = Callable[[Shared], Shared]
+Settle = Callable[[Shared, int], Shared]
+"""``settle(shared, count)``: what a command makes of the settings of so many sites."""
 
 
 def is_loopback(address: str) -> bool:

@@ -103,7 +103,7 @@ def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], re
     out
         The folder of all kits.
     request
-        What was asked for; :func:`resume` returns it.
+        What was asked for; :func:`begun` and :func:`resume` return it.
     files
         New content by path relative to ``out``.
     removed
@@ -117,6 +117,18 @@ def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], re
     stage.rename(out / DEALER / "pending")
     sync_folder(out / DEALER)
     resume(out)
+
+
+def begun(out: Path) -> dict[str, Any] | None:
+    """Return the request of a change that was interrupted after its moment of change; None if there is none.
+
+    Raises
+    ------
+    KitError
+        When the folder ``dealer/pending`` is damaged.
+    """
+    pending = out / DEALER / "pending"
+    return _plan(pending)[0] if pending.exists() else None
 
 
 def resume(out: Path) -> dict[str, Any] | None:
@@ -133,11 +145,7 @@ def resume(out: Path) -> dict[str, Any] | None:
             shutil.rmtree(rest)
     if not pending.exists():
         return None
-    try:
-        plan = json.loads(read_bytes(pending / _PLAN, what="The interrupted change", error=KitError))
-        request, names, removed = dict(plan["request"]), list(plan["files"]), list(plan["removed"])
-    except (ValueError, KeyError, TypeError) as exc:
-        raise KitError(f"{pending} is damaged", remedy="Restore the dealer's folder from a backup") from exc
+    request, names, removed = _plan(pending)
     for number, name in enumerate(names):
         path = out / name
         if not path.parent.exists():
@@ -151,6 +159,15 @@ def resume(out: Path) -> dict[str, Any] | None:
     sync_folder(out / DEALER)
     shutil.rmtree(done)
     return request
+
+
+def _plan(pending: Path) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Read what is to be done: the request, the files in their order, and what is removed."""
+    try:
+        plan = json.loads(read_bytes(pending / _PLAN, what="The interrupted change", error=KitError))
+        return dict(plan["request"]), list(plan["files"]), list(plan["removed"])
+    except (ValueError, KeyError, TypeError) as exc:
+        raise KitError(f"{pending} is damaged", remedy="Restore the dealer's folder from a backup") from exc
 
 
 def _order(files: Mapping[str, bytes]) -> list[str]:

@@ -17,7 +17,7 @@ from federations import make_config
 
 from flep_fl.config import shared_part
 from flep_fl.contracts.errors import ConfigError, KitError, ProvisionInterruptedError
-from flep_fl.provision import loading
+from flep_fl.provision import loading, transaction
 from flep_fl.provision.kits import (
     add_sites,
     create_kits,
@@ -292,6 +292,96 @@ def test_an_interrupted_change_does_not_swallow_another_one(made: Path, tmp_path
     change = rotate_keys(out, address="127.0.0.1:2222")
     assert (change.resumed, change.federation.address) == (False, "127.0.0.1:2222")
     assert change.federation.generation == 3
+
+
+def with_rounds(rounds: int, **others: int) -> Callable[[Any], Any]:
+    return lambda shared: {**shared, "federation": {**shared["federation"], "rounds": rounds, **others}}
+
+
+def stopped_after_its_moment_of_change(
+    out: Path, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]
+) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(_out: Path) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(transaction, "resume", stop)
+        action()
+    assert (out / "dealer" / "pending").exists()
+
+
+REPEATED: dict[str, Callable[..., Any]] = {
+    "add": lambda out, **more: add_sites(out, ["d"], **more),
+    "revoke": lambda out, **more: revoke_sites(out, ["c"], **more),
+}
+
+
+@pytest.mark.parametrize("name", ["add", "revoke"])
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"revise": with_rounds(8)}, r"federation.rounds=7.*Found.*federation.rounds=8"),
+        ({}, r"federation.rounds=7.*Found.*federation.rounds=3"),
+        ({"revise": with_rounds(7, round_timeout=9)}, r"Found.*federation.round_timeout=9"),
+        ({"revise": with_rounds(7), "address": "127.0.0.1:2"}, r"Found.*runtime.address='127.0.0.1:2'"),
+        ({"revise": with_rounds(7), "hosts": ["localhost"]}, r"Found.*provision.hosts=\['localhost'\]"),
+    ],
+    ids=["another-value", "left-out", "one-more", "address", "hosts"],
+)
+def test_an_interrupted_command_is_not_given_again_with_other_settings(
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    other: dict[str, Any],
+    told: str,
+) -> None:
+    out = tmp_path / "kits"
+    shutil.copytree(made, out)
+    action, parties = REPEATED[name], PARTIES[name]
+    stopped_after_its_moment_of_change(out, monkeypatch, lambda: action(out, revise=with_rounds(7)))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ProvisionInterruptedError, match=f"was interrupted.*other settings.*{told}"):
+        action(out, **other)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    change = action(out, revise=with_rounds(7))
+    assert change.resumed
+    assert {NAME, "kit.json", "keys.wrapped"} <= set(change.files["a"]), (
+        "whoever copies these has a whole kit"
+    )
+    assert seen(out, parties) == {AFTER[name]}
+    assert load_site_kit(out / "a").federation.shared["federation"]["rounds"] == 7
+
+
+def test_an_interrupted_rotation_with_other_settings_is_finished_and_the_new_one_done_too(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotation can be done again: the settings given last hold, and what was finished first is said."""
+    out = tmp_path / "kits"
+    shutil.copytree(made, out)
+    stopped_after_its_moment_of_change(out, monkeypatch, lambda: rotate_keys(out, revise=with_rounds(7)))
+    change = rotate_keys(out, revise=with_rounds(8))
+    assert (change.resumed, change.finished) == (False, "action=rotate federation.rounds=7")
+    assert seen(out, SITES) == {(3, 0)}
+    assert load_site_kit(out / "a").federation.shared["federation"]["rounds"] == 8
+
+
+def test_another_command_after_an_interrupted_one_names_it_and_all_files(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first command wrote has reached nobody yet: it is on the list of files as well."""
+    out = tmp_path / "kits"
+    shutil.copytree(made, out)
+    stopped_after_its_moment_of_change(out, monkeypatch, lambda: add_sites(out, ["d"]))
+    change = rotate_keys(out)
+    assert (change.resumed, change.finished) == (False, "action=add sites=[d]")
+    assert change.new == ("d",), "which needs its whole kit"
+    assert {"signing.key", "ca.crt", "keys.wrapped", NAME} <= set(change.files["d"])
+    assert seen(out, PARTIES["add"]) == {(2, 0)}
+    assert rotate_keys(out).finished == ""
 
 
 def test_commands_at_the_same_time_are_done_one_by_one_or_refused(made: Path, tmp_path: Path) -> None:
