@@ -28,7 +28,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def _write_beside(path: Path, data: bytes, mode: int) -> Path:
@@ -48,9 +48,9 @@ def _write_beside(path: Path, data: bytes, mode: int) -> Path:
     return temporary
 
 
-def sync_folder(folder: Path) -> None:
-    """Call ``fsync`` on a folder, so that a power failure does not take a file that was just made in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Call ``fsync`` on a file or folder, so that a power failure does not take what was just made in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -77,7 +77,7 @@ def create_secret(path: Path, data: bytes) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_path(path.parent)
     return True
 
 

@@ -40,7 +40,7 @@ from flep_fl.contracts.errors import (
     TamperedReleaseError,
     UnknownGrantError,
 )
-from flep_fl.contracts.files import lock_exclusively, write_atomic
+from flep_fl.contracts.files import lock_exclusively, sync_path, write_atomic
 from flep_fl.contracts.grants import GrantDocument
 from flep_fl.contracts.owner_api import (
     MAX_INDEX_LIMIT,
@@ -585,20 +585,12 @@ def _saved_state(folder: Path, opened: _Opened) -> tuple[int, int] | None:
 
 def _publish(part: Path, folder: Path) -> None:
     for file in part.iterdir():
-        _sync(file)
-    _sync(part)
+        sync_path(file)
+    sync_path(part)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
-    _sync(folder.parent)
+    sync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

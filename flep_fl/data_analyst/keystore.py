@@ -10,6 +10,7 @@ import hmac
 import json
 import secrets
 import sqlite3
+import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ class Keystore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path, self._clock = path, clock
+        self._lock = threading.RLock()
         if (key_file is None) == (passphrase is None):
             raise KeystoreError("a keystore is opened with a key file or with a passphrase")
         if not path.exists():
@@ -143,10 +145,11 @@ class Keystore:
         OwnerPinError
             The address showed another key before.
         """
-        known = self.pinned(address)
-        if known is None or (replace and known != verify_key):
-            self._put("owner", address, {"verify_key": verify_key.hex()})
-            return True
+        with self._writing():
+            known = self.pinned(address)
+            if known is None or (replace and known != verify_key):
+                self._put("owner", address, {"verify_key": verify_key.hex()})
+                return True
         if not hmac.compare_digest(known, verify_key):
             raise OwnerPinError(
                 f"the data owner at {address} shows another key than before",
@@ -168,16 +171,17 @@ class Keystore:
 
     def forget_owner(self, address: str) -> None:
         """Forget an owner's key, everything it granted, and how far its releases had come."""
-        key = self.pinned(address)
-        if key is None:
-            raise KeystoreError("the keystore does not know this owner", found=address)
-        for held in self.grants(expired=True):
-            if held.document.owner == key.hex():
-                self.forget(held.document.owner, held.document.dataset)
-        for name, _ in self._all("seen"):
-            if json.loads(name)[0] == key.hex():
-                self._delete("seen", name)
-        self._delete("owner", address)
+        with self._writing():
+            key = self.pinned(address)
+            if key is None:
+                raise KeystoreError("the keystore does not know this owner", found=address)
+            for held in self.grants(expired=True):
+                if held.document.owner == key.hex():
+                    self.forget(held.document.owner, held.document.dataset)
+            for name, _ in self._all("seen"):
+                if json.loads(name)[0] == key.hex():
+                    self._delete("seen", name)
+            self._delete("owner", address)
 
     # --- grants --------------------------------------------------------------------------------------
 
@@ -194,19 +198,20 @@ class Keystore:
         if (bundle.key_id, bundle.epoch) != (document.key_id, document.epoch):
             raise GrantError("the key bundle is not the one that the grant names")
         name = _place(document.owner, document.dataset)
-        before = self._seen(name)
-        if (document.epoch, document.release_number) < before:
-            raise GrantError(
-                f"the grant for {document.dataset} is older than one that was seen before",
-                expected=f"epoch {before[0]} release {before[1]} or later",
-                found=f"epoch {document.epoch} release {document.release_number}",
-                remedy="Ask the data owner; somebody may be playing back an old answer",
-            )
         entry = {
             "document": b64encode(document.to_bytes()).decode("ascii"),
             "bundle": b64encode(bundle.to_bytes()).decode("ascii"),
         }
-        self._put("grant", name, entry)
+        with self._writing():
+            before = self._seen(name)
+            if (document.epoch, document.release_number) < before:
+                raise GrantError(
+                    f"the grant for {document.dataset} is older than one that was seen before",
+                    expected=f"epoch {before[0]} release {before[1]} or later",
+                    found=f"epoch {document.epoch} release {document.release_number}",
+                    remedy="Ask the data owner; somebody may be playing back an old answer",
+                )
+            self._put("grant", name, entry)
 
     def _seen(self, name: str) -> tuple[int, int]:
         """Return epoch and number of the latest release of a data set that was ever held here."""
@@ -256,17 +261,19 @@ class Keystore:
         Epoch and number of the release stay behind, so that it cannot be played back later.
         """
         name = _place(owner, dataset)
-        epoch, number = self._seen(name)
-        if number:
-            self._put("seen", name, {"epoch": str(epoch), "release": str(number)})
-        self._delete("grant", name)
+        with self._writing():
+            epoch, number = self._seen(name)
+            if number:
+                self._put("seen", name, {"epoch": str(epoch), "release": str(number)})
+            self._delete("grant", name)
 
     def forget_expired(self) -> int:
         """Destroy all grants that have ended; returns how many."""
         now = self._clock()
-        ended = [held for held in self.grants(expired=True) if now > held.document.not_after]
-        for held in ended:
-            self.forget(held.document.owner, held.document.dataset)
+        with self._writing():
+            ended = [held for held in self.grants(expired=True) if now > held.document.not_after]
+            for held in ended:
+                self.forget(held.document.owner, held.document.dataset)
         return len(ended)
 
     # --- the file ------------------------------------------------------------------------------------
@@ -274,8 +281,7 @@ class Keystore:
     def _prepare(self, key_file: Path | None, passphrase: str | None) -> None:
         for pragma in ("journal_mode=DELETE", "synchronous=FULL", "secure_delete=ON"):
             self._connection.execute(f"PRAGMA {pragma}")
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writing():
             tables = {row[0] for row in self._connection.execute("SELECT name FROM sqlite_master")}
             if not tables:
                 self._create("key file" if passphrase is None else "passphrase")
@@ -306,12 +312,27 @@ class Keystore:
                         f"the key or passphrase does not open the keystore: {self.path}",
                         remedy="Use the one that it was made with",
                     ) from exc
-            self._connection.execute("COMMIT")
-        except BaseException:
-            # SQLite may have rolled back already (a full disk), and what it says now would hide why.
-            with suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
-            raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Open a transaction, or go on in the one that is open; committed at the end, undone on any error.
+
+        It takes the write lock at once, so that what is read here is still true when something is written:
+        another process would otherwise put an older release, or another owner's key, in a newer one's place.
+        """
+        with self._lock, self._named():
+            if self._connection.in_transaction:
+                yield
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # SQLite may have rolled back already (a full disk), and what it says now would hide why.
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def _create(self, kind: str) -> None:
         self._connection.execute(

@@ -39,7 +39,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from flep_fl.contracts.errors import AuditDiskFullError, AuditError
-from flep_fl.contracts.files import sync_folder
+from flep_fl.contracts.files import sync_path
 
 LOG_NAME = "audit.jsonl"
 HEADS_NAME = "audit.heads"
@@ -287,7 +287,7 @@ class AuditLog:
             self._log = secrets.token_hex(16)
             self._write_line("log.opened", log=self._log, key=_hex(self._key.public_key()))
             self._sign_head()
-            sync_folder(self._folder)
+            sync_path(self._folder)
             return
         first = _parse(os.pread(self._fd, MAX_LINE_BYTES, 0).partition(b"\n")[0])
         if first is None or first.get("event") != "log.opened":

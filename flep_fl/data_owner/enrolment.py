@@ -27,7 +27,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from flep_fl.contracts.errors import EnrolmentError, RegistryFullError
-from flep_fl.contracts.files import sync_folder
+from flep_fl.contracts.files import sync_path
 from flep_fl.data_owner.devices import is_name
 
 Action = Literal["enrol", "suspend"]
@@ -404,7 +404,7 @@ class DeviceRegistry:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
             if new:
-                sync_folder(self._path.parent)
+                sync_path(self._path.parent)
         except OSError as exc:
             with suppress(OSError):
                 os.ftruncate(descriptor, size)  # half a line would spoil the next one

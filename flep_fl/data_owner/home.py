@@ -231,6 +231,8 @@ def load_home(folder: Path) -> OwnerHome:
         owner, audit = (bytes.fromhex(content[name]) for name in ("owner_key", "audit_key"))
         if len(owner) != _KEY_BYTES or len(audit) != _KEY_BYTES:
             raise ValueError
+        if not 1 <= content["threshold"] <= len(administrators):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise OwnerHomeError(
             f"the owner's home is damaged: {folder / 'home.json'}", remedy="Restore it from a backup"

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flep_fl.contracts import archive
 from flep_fl.contracts.archive import ArchiveDescription, ArchiveHead, IndexEntry
 from flep_fl.contracts.errors import ArchiveError, ConfigError, RecordError
-from flep_fl.contracts.files import sync_folder
+from flep_fl.contracts.files import sync_path
 from flep_fl.contracts.owner_records import OwnerImage, stacked
 from flep_fl.contracts.ports import Entropy, ImageCipher
 from flep_fl.contracts.records import ArchiveManifest
@@ -229,13 +229,13 @@ def _check_target(out: Path, overwrite: bool) -> None:
 
 def _publish(work: Path, out: Path) -> None:
     """Move the finished folder into place; an old archive is moved aside first and then removed."""
-    sync_folder(work)
+    sync_path(work)
     old: Path | None = None
     if out.exists():
         old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old.")) / out.name
         out.rename(old)
     work.rename(out)
-    sync_folder(out.parent)
+    sync_path(out.parent)
     if old is not None:
         shutil.rmtree(old.parent, ignore_errors=True)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from sqlalchemy import Boolean, Column, Connection, LargeBinary, MetaData, Table, func, insert, select
 
 from flep_fl.contracts.errors import BackupError, DatabaseError, RecordError
+from flep_fl.contracts.files import sync_path
 from flep_fl.private_database import schema
 from flep_fl.private_database.engine import Database, Location, create_file, database_url
 from flep_fl.private_database.store import OwnerDatabase
@@ -66,10 +66,11 @@ def backup(database: OwnerDatabase, owner_key: bytes, target: Path) -> BackupRep
     BackupError
         The file exists, cannot be written, or does not verify.
     """
-    if target.exists():
-        raise BackupError(f"the backup exists already: {target}", remedy="Choose another name")
+    for taken in _with_logs(target):
+        if taken.exists():
+            raise BackupError(f"the backup exists already: {taken}", remedy="Choose another name")
     part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
+    _remove(part)
     try:
         create_file(part)
         if database.database.is_sqlite:
@@ -78,13 +79,13 @@ def backup(database: OwnerDatabase, owner_key: bytes, target: Path) -> BackupRep
             _copy_rows(database.database, part)
         _prove(database, part)
         report = verify_backup(part, owner_key)
-        _sync(part)
+        sync_path(part)
         part.replace(target)
-        _sync(target.parent)
+        sync_path(target.parent)
     except (OSError, sqlite3.Error) as exc:
         raise BackupError(f"the backup cannot be written: {target} ({exc})") from exc
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
     return report
 
 
@@ -195,10 +196,20 @@ def _prove(database: OwnerDatabase, part: Path) -> None:
     raw.close()
 
 
+def _with_logs(path: Path) -> list[Path]:
+    """Return a SQLite file's path and those of the logs that SQLite keeps beside it."""
+    return [path.with_name(path.name + ending) for ending in ("", "-wal", "-shm", "-journal")]
+
+
+def _remove(path: Path) -> None:
+    for file in _with_logs(path):
+        file.unlink(missing_ok=True)
+
+
 def _require_free(target: Path) -> None:
     """Refuse a place where something lies; the log of a former database would be played into the new one."""
-    for name in (target.name, f"{target.name}-wal", f"{target.name}-journal"):
-        if (found := target.with_name(name)).exists():
+    for found in _with_logs(target):
+        if found.exists():
             raise DatabaseError(
                 f"the private database cannot be created: {found} exists",
                 remedy="Choose another path or move the old files away",
@@ -209,21 +220,21 @@ def _restore_file(path: Path, target: Path) -> None:
     """Copy a backup; a process that is killed leaves the whole database or none, and can be repeated."""
     part = target.with_name(f".{target.name}.part")
     try:
-        part.unlink(missing_ok=True)
+        _remove(part)  # with the journal that a killed restore left: SQLite would roll it back into this copy
         create_file(part)
         shutil.copyfile(path, part)
         with sqlite3.connect(part) as raw:
             raw.execute("DROP TABLE backup_proof")
         raw.close()
-        _sync(part)
+        sync_path(part)
         _require_free(target)
         target.hardlink_to(part)  # unlike a rename it takes nobody's place
         part.unlink()
-        _sync(target.parent)
+        sync_path(target.parent)
     except (OSError, sqlite3.Error) as exc:
         raise BackupError(f"the backup cannot be restored to {target} ({exc})") from exc
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
 
 
 def _restore_rows(path: Path, location: Location) -> None:
@@ -287,11 +298,3 @@ def _bytes_of(value: object) -> bytes:
     if isinstance(value, bytes):
         return b"\x01" + value
     return b"\x02" + repr(value).encode()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flep_fl.contracts.errors import KitError
-from flep_fl.contracts.files import read_bytes, sync_folder, write_secret
+from flep_fl.contracts.files import read_bytes, sync_path, write_secret
 from flep_fl.provision.identities import DEALER
 from flep_fl.provision.manifest import NAME as MANIFEST
 
@@ -74,7 +74,7 @@ def remove(path: Path) -> None:
     """Remove a file, where it is there, so that it does not come back after a loss of power."""
     path.unlink(missing_ok=True)
     if path.parent.exists():
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 def staged(folder: Path) -> Path:
@@ -92,7 +92,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     stage = staged(folder)
     _write_plain(stage, files)
     stage.replace(folder)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
 
 
 def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], removed: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ def commit(out: Path, request: Mapping[str, Any], files: Mapping[str, bytes], re
     content = {str(number): files[name] for number, name in enumerate(names)}
     _write_plain(stage, {**content, _PLAN: json.dumps(plan).encode()})
     stage.rename(out / DEALER / "pending")
-    sync_folder(out / DEALER)
+    sync_path(out / DEALER)
     resume(out)
 
 
@@ -156,7 +156,7 @@ def resume(out: Path) -> dict[str, Any] | None:
     for name in removed:
         remove(out / name)
     pending.rename(done)
-    sync_folder(out / DEALER)
+    sync_path(out / DEALER)
     shutil.rmtree(done)
     return request
 
@@ -191,4 +191,4 @@ def _write_plain(folder: Path, files: Mapping[str, bytes]) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    sync_folder(folder)
+    sync_path(folder)

@@ -17,13 +17,22 @@ import pytest
 from owner_world import pixels
 
 from flep_fl.contracts import archive
-from flep_fl.contracts.errors import FetchError, GrantError, KeystoreError, TamperedReleaseError
+from flep_fl.contracts.errors import (
+    ConfigError,
+    FetchError,
+    GrantError,
+    KeystoreError,
+    OwnerPinError,
+    TamperedReleaseError,
+)
 from flep_fl.contracts.files import create_secret, lock_exclusively
 from flep_fl.contracts.owner_records import IndexPage, RecordPage
 from flep_fl.data_analyst import fetch as fetching
 from flep_fl.data_analyst import keystore as keystores
 from flep_fl.data_analyst import owner_client
 from flep_fl.data_analyst.keystore import Keystore
+from flep_fl.data_analyst.owner_client import parse_address
+from flep_fl.data_owner.certificates import TlsFiles, create_authority, issue_certificate, server_context
 from flep_fl.reporting.console import say
 
 
@@ -95,6 +104,27 @@ def test_a_redirect_is_not_followed(world):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_an_owner_whose_certificate_does_not_verify_is_named_and_the_cache_is_no_way_out(world, tmp_path):
+    root, own, other = (TlsFiles(tmp_path / f"{name}.crt", tmp_path / f"{name}.pem") for name in "roe")
+    for authority in (root, other):
+        create_authority(authority.certificate, authority.private_key, name="an owner")
+    issue_certificate(root, own, name="gateway", hosts=["127.0.0.1"])
+    listening = world.server._http
+    listening.socket = server_context(own).wrap_socket(listening.socket, server_side=True)
+    address = parse_address(world.server.url.replace("http:", "https:"))
+
+    def fetch(ca):
+        return fetching.fetch_owner(address, world.me, world.keystore, world.folder / "cache", ca=ca)
+
+    (fetched,) = fetch(root.certificate)
+    assert fetched.downloaded == 20
+    for ca in (None, other.certificate):
+        with pytest.raises(FetchError, match=r"cannot be verified.*data\.owner_ca=FILE"):
+            fetch(ca)
+    with pytest.raises(ConfigError, match="cannot be read as certificates"):
+        fetch(tmp_path / "none.crt")
 
 
 def test_records_that_never_come_are_given_up(world):
@@ -275,6 +305,101 @@ def test_processes_that_make_a_keystore_at_once_make_one(tmp_path):
     with Keystore(path, key_file=key) as opened:
         assert len(opened.owners()) == 8
     assert sorted(file.name for file in tmp_path.iterdir()) == ["keystore.db", "keystore.key"]
+
+
+def in_between(monkeypatch, method, mine, act):
+    """Let ``act`` run in another thread, on a connection of its own, right after ``mine`` has read."""
+    thread = threading.Thread(target=act)
+    original = getattr(Keystore, method)
+
+    def reading(store, *given):
+        found = original(store, *given)
+        if store is mine and thread.ident is None:
+            thread.start()
+            thread.join(0.3)  # where it has to wait for this one, it goes on afterwards
+        return found
+
+    monkeypatch.setattr(Keystore, method, reading)
+    return thread
+
+
+@pytest.mark.parametrize("action", ["store", "forget"])
+def test_a_process_does_not_put_an_older_release_in_a_newer_ones_place(world, monkeypatch, action):
+    (first,) = world.fetch()
+    world.fill(4, start=100)
+    world.book.release()
+    (second,) = world.fetch()
+    owner, dataset = second.document.owner, second.document.dataset
+    mine = world.keystore
+    mine.forget_owner(world.server.url)
+    with Keystore(mine.path, key_file=world.folder / "keys" / "keystore.key") as other:
+        if action == "forget":
+            mine.store(first.document, first.bundle)
+        thread = in_between(monkeypatch, "_seen", mine, lambda: other.store(second.document, second.bundle))
+        if action == "store":
+            mine.store(first.document, first.bundle)
+        else:
+            mine.forget(owner, dataset)
+        thread.join()
+    assert mine.held(owner, dataset).document == second.document
+    with pytest.raises(GrantError, match="older than one that was seen"):
+        mine.store(first.document, first.bundle)
+
+
+def test_two_processes_that_see_an_owner_first_do_not_pin_two_keys(tmp_path, monkeypatch):
+    path, key, errors = tmp_path / "keystore.db", tmp_path / "keystore.key", []
+
+    def act():
+        try:
+            other.pin("https://owner", b"2" * 32)
+        except OwnerPinError as error:
+            errors.append(error)
+
+    with Keystore(path, key_file=key) as mine, Keystore(path, key_file=key) as other:
+        thread = in_between(monkeypatch, "pinned", mine, act)
+        assert mine.pin("https://owner", b"1" * 32)
+        thread.join()
+        assert len(errors) == 1 and other.pinned("https://owner") == b"1" * 32
+
+
+def test_a_keystore_is_made_by_one_of_two_processes_at_once(tmp_path, monkeypatch):
+    path, key, errors, made = tmp_path / "keystore.db", tmp_path / "keystore.key", [], []
+    second_reads = threading.Event()
+    create = Keystore._create
+
+    def creating(store, kind):
+        made.append(store)
+        if len(made) == 1:
+            thread.start()
+            second_reads.wait(0.3)  # it cannot read before this one has made its tables
+        else:
+            second_reads.set()
+        create(store, kind)
+
+    def work():
+        try:
+            Keystore(path, key_file=key).close()
+        except KeystoreError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    monkeypatch.setattr(Keystore, "_create", creating)
+    work()
+    thread.join()
+    assert errors == [] and len(made) == 1
+
+
+def test_what_fails_within_a_change_of_the_keystore_undoes_all_of_it(world, monkeypatch):
+    (fetched,) = world.fetch()
+    owner, dataset = fetched.document.owner, fetched.document.dataset
+    monkeypatch.setattr(Keystore, "_delete", lambda *_given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        world.keystore.forget(owner, dataset)
+    monkeypatch.undo()
+    assert world.keystore._all("seen") == []
+    assert world.keystore.held(owner, dataset).document == fetched.document
+    world.keystore.forget(owner, dataset)
+    assert world.keystore.grants(expired=True) == [] and len(world.keystore._all("seen")) == 1
 
 
 def test_a_secret_is_made_once(tmp_path):

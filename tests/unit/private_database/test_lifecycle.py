@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import secrets
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -210,6 +211,41 @@ def test_opening_while_the_key_is_changed_does_not_lose_the_new_key(tmp_path, mo
         opened.append(database.count())
     assert opened == [1, 1, 1]
     assert [file.name for file in tmp_path.glob("*.key*")] == ["owner.key"]
+
+
+def test_a_rotation_goes_on_past_corrupt_records_and_names_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(rotation, "_CHUNK", 2)  # of each table several pages
+    old, new = secrets.token_bytes(32), secrets.token_bytes(32)
+    path = tmp_path / "owner.db"
+    with OwnerDatabase.create(path, old) as database:
+        grant_id, key, _ = add_everything(database)
+        victim = sorted(record.record_id for record in database.records())[2]
+        with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+            raw.execute("UPDATE records SET wrapped_key = x'00' WHERE record_id = ?", (victim,))
+        assert rotate_owner_key(database, new) == [victim]
+    with OwnerDatabase(path, new) as database:
+        errors = []
+        assert len(list(database.records(on_corrupt=errors.append))) == 5 and len(errors) == 1
+        assert ReleaseBook(database, SIGNING).open_grant(grant_id, key)
+        assert len(releases(database)) == 2
+
+
+@pytest.mark.parametrize("table", ["datasets", "devices", "grants", "access_log", "epochs", "snapshots"])
+def test_a_rotation_that_fails_changes_nothing(tmp_path, table):
+    key, path = secrets.token_bytes(32), tmp_path / "owner.db"
+    column = "sealed_bundle" if table == "epochs" else "sealed_head" if table == "snapshots" else "sealed"
+    with OwnerDatabase.create(path, key) as database:
+        add_everything(database)
+        with contextlib.closing(sqlite3.connect(path)) as raw, raw:
+            raw.execute(f"UPDATE {table} SET {column} = x'00'")
+        with contextlib.closing(sqlite3.connect(path)) as raw:
+            before = list(raw.iterdump())
+        with pytest.raises(DatabaseError, match="corrupt"):
+            rotate_owner_key(database, secrets.token_bytes(32))
+        with contextlib.closing(sqlite3.connect(path)) as raw:
+            assert list(raw.iterdump()) == before
+        assert len(list(database.records())) == 6
+    OwnerDatabase(path, key).close()
 
 
 def big_blobs(path):
@@ -424,7 +460,7 @@ def test_a_truncated_backup_is_refused(tmp_path):
     assert not (tmp_path / "new.db").exists()
 
 
-@pytest.mark.parametrize("moment", ["copyfile", "_sync", "unlink"])
+@pytest.mark.parametrize("moment", ["copyfile", "sync_path", "unlink"])
 def test_an_interrupted_restore_leaves_nothing_or_all_and_is_repeated(tmp_path, monkeypatch, moment):
     key = secrets.token_bytes(32)
     copy, target = tmp_path / "copy.backup", tmp_path / "new.db"
@@ -435,7 +471,7 @@ def test_an_interrupted_restore_leaves_nothing_or_all_and_is_repeated(tmp_path, 
     # As kill -9 leaves it: nothing is tidied up.
     code = (
         "import os, sys; from pathlib import Path; from flep_fl.private_database import backup\n"
-        "place, name = {'copyfile': (backup.shutil, 'copyfile'), '_sync': (backup, '_sync'),"
+        "place, name = {'copyfile': (backup.shutil, 'copyfile'), 'sync_path': (backup, 'sync_path'),"
         " 'unlink': (Path, 'hardlink_to')}[sys.argv[1]]\n"
         "original = getattr(place, name)\n"
         "def cut(*given):\n"
@@ -456,15 +492,52 @@ def test_an_interrupted_restore_leaves_nothing_or_all_and_is_repeated(tmp_path, 
         assert state(database, grant_id, analyst)[:4] == before[:4]
 
 
-def test_a_log_of_a_former_database_is_not_played_into_a_restored_one(tmp_path):
+@pytest.mark.parametrize("log", ["-wal", "-shm", "-journal"])
+def test_a_log_of_a_former_database_is_not_played_into_a_restored_one(tmp_path, log):
     key = secrets.token_bytes(32)
     with OwnerDatabase.create(tmp_path / "owner.db", key) as database:
         add_everything(database)
         backups.backup(database, key, tmp_path / "copy.backup")
-    (tmp_path / "new.db-wal").write_bytes(b"of another file")
-    with pytest.raises(DatabaseError, match=r"new\.db-wal exists"):
+    (tmp_path / f"new.db{log}").write_bytes(b"of another file")
+    with pytest.raises(DatabaseError, match=rf"new\.db{log} exists"):
         backups.restore(tmp_path / "copy.backup", tmp_path / "new.db", key)
     assert not (tmp_path / "new.db").exists()
+    assert (tmp_path / f"new.db{log}").read_bytes() == b"of another file"
+
+
+def test_a_backup_is_not_put_beside_the_log_of_another(tmp_path):
+    key = secrets.token_bytes(32)
+    (tmp_path / "copy.backup-wal").write_bytes(b"of another file")
+    with (
+        OwnerDatabase.create(tmp_path / "owner.db", key) as database,
+        pytest.raises(BackupError, match=r"copy\.backup-wal"),
+    ):
+        backups.backup(database, key, tmp_path / "copy.backup")
+    assert not (tmp_path / "copy.backup").exists()
+
+
+def test_the_journal_of_a_killed_restore_is_not_played_into_the_next_one(tmp_path):
+    key, target = secrets.token_bytes(32), tmp_path / "new.db"
+    with OwnerDatabase.create(tmp_path / "owner.db", key) as database:
+        add_everything(database)
+        backups.backup(database, key, tmp_path / "monday")
+        database.delete([record.record_id for record in database.records()][:3])
+        report = backups.backup(database, key, tmp_path / "tuesday")
+    part = tmp_path / ".new.db.part"
+    shutil.copyfile(tmp_path / "monday", part)
+    # Killed within its transaction, some of it written already: what SQLite calls a hot journal.
+    code = (
+        f"import os, sqlite3; raw = sqlite3.connect({str(part)!r}, isolation_level=None)\n"
+        "for line in ('PRAGMA cache_size=1', 'BEGIN', 'DELETE FROM images', 'DELETE FROM released',"
+        " 'DELETE FROM records', 'DROP TABLE backup_proof'): raw.execute(line)\n"
+        "os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert part.read_bytes() != (tmp_path / "monday").read_bytes()
+    assert part.with_name(".new.db.part-journal").stat().st_size > 0
+    assert backups.restore(tmp_path / "tuesday", target, key) == report
+    names = ["monday", "new.db", "owner.db", "tuesday"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 # --- an older release ------------------------------------------------------------------------------------

@@ -397,6 +397,31 @@ def test_two_releases_at_once_hold_every_record_once(owner, ann, monkeypatch):
     assert len({record.record_id for record in owner.pages(grant, ann, released.release_id)}) == 20
 
 
+def test_what_is_sealed_in_one_row_does_not_open_in_another(owner, ann):
+    """A longer grant, an older key epoch's bundle, another index entry: each is refused by name."""
+    owner.book.release()
+    short, long = owner.grant(ann, share=(0, 4)), owner.grant(ann)
+    release_id = owner.book.open_grant(long.grant_id, ann.verify_key).release_id
+    for table, column, target, source, words, call in (
+        ("released", "sealed_entry", "position = 1", "position = 2", "sealed entry", owner.entries),
+        ("grants", "sealed", "id = 1", "id = 2", "sealed grant", None),
+    ):
+        with contextlib.closing(sqlite3.connect(owner.database.path)) as raw, raw:
+            value = raw.execute(f"SELECT {column} FROM {table} WHERE {source}").fetchone()
+            raw.execute(f"UPDATE {table} SET {column} = ? WHERE {target}", value)
+        with pytest.raises(DatabaseError, match=words):
+            if call is None:
+                owner.book.open_grant(short.grant_id, ann.verify_key)
+            else:
+                call(long, ann, release_id)
+    owner.database.set_bundle("cells", owner.database.bundle("cells", 1).rotate())
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw, raw:
+        old = raw.execute("SELECT sealed_bundle FROM epochs WHERE epoch = 1").fetchone()
+        raw.execute("UPDATE epochs SET sealed_bundle = ? WHERE epoch = 2", old)
+    with pytest.raises(DatabaseError, match="sealed bundle"):
+        owner.book.release()
+
+
 def test_cached_ciphertext_goes_with_its_data_key(owner):
     owner.book.release()
     with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:

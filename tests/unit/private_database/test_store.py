@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hmac
 import secrets
 import sqlite3
 import stat
@@ -12,6 +14,7 @@ import pytest
 
 from flep_fl.contracts.errors import DatabaseError, DataError, ImageFormatError, RecordError
 from flep_fl.private_database.access import log_releases, releases
+from flep_fl.private_database.sealing import Unsealable, index_key, seal, unseal, wrapping_key
 from flep_fl.private_database.store import OwnerDatabase
 
 KEY = secrets.token_bytes(32)
@@ -141,6 +144,42 @@ def test_blobs_cannot_be_moved_between_records(database):
         raw.execute("UPDATE records SET wrapped_key=?, sealed_tags=? WHERE record_id=?", (*row, ids[1]))
     with pytest.raises(RecordError, match=ids[1]):
         database.get(ids[1])
+
+
+def test_a_whole_row_does_not_open_under_another_identifier(database):
+    ids = database.ingest(images(2), [0, 1], ["train"] * 2)
+    with contextlib.closing(sqlite3.connect(database.path)) as raw, raw:
+        raw.execute("UPDATE records SET record_id = 'aside' WHERE record_id = ?", (ids[0],))
+        raw.execute("UPDATE records SET record_id = ? WHERE record_id = ?", (ids[0], ids[1]))
+    with pytest.raises(RecordError, match=f"{ids[0]} of the private database is corrupt"):
+        database.get(ids[0])
+
+
+def test_a_sealed_blob_opens_in_its_place_and_for_its_purpose_alone():
+    sealed = seal(KEY, b"content", what="grant", place="one")
+    assert unseal(KEY, sealed, what="grant", place="one") == b"content"
+    for what, place in (("grant", "two"), ("bundle", "one"), ("gran", "t\0one"), ("", "grant\0one")):
+        with pytest.raises(Unsealable):
+            unseal(KEY, sealed, what=what, place=place)
+
+
+def test_two_databases_under_one_owner_key_share_no_key(tmp_path, database):
+    with OwnerDatabase.create(tmp_path / "b.db", KEY, dataset="cells", classes=("good", "bad")) as other:
+        assert other.blind_index("dataset", "cells") != database.blind_index("dataset", "cells")
+        with pytest.raises(DatabaseError, match="corrupt"):
+            other.unseal(database.seal(b"x", what="a", place="b"), what="a", place="b")
+
+
+def test_keys_are_derived_with_hkdf_under_the_databases_salt():
+    def derived(key, salt, label):  # RFC 5869, one block
+        return hmac.digest(hmac.digest(salt, key, "sha256"), label + b"\1", "sha256")
+
+    salt = secrets.token_bytes(32)
+    wrapping = derived(KEY, salt, b"flep private database, key wrapping, version 1")
+    assert wrapping_key(KEY, salt) == wrapping
+    assert index_key(wrapping) == derived(
+        wrapping, bytes(32), b"flep private database, blind index, version 1"
+    )
 
 
 def test_truncated_blob_is_a_record_error(database):

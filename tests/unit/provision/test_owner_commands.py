@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from gateways import DATASET, IMAGE, ROOT, events, new_home
 from omegaconf import OmegaConf
 
-from flep_fl.contracts.errors import AuditError, ConfigError, NotReleasedError
+from flep_fl.contracts.errors import AuditError, ConfigError, NotReleasedError, OwnerHomeError
 from flep_fl.data_owner.audit import LOG_NAME
 from flep_fl.private_database.store import OwnerDatabase
 from flep_fl.provision import owner_audit, owner_devices, owner_gateway, owner_measure, owner_store
@@ -65,6 +65,18 @@ def test_every_command_that_changes_something_is_in_the_audit_log(tmp_path: Path
         "clock.accepted",
     ]
     owner_audit.run_audit(config(home.folder))
+
+
+def test_the_databases_key_is_not_changed_under_a_gateway_that_serves(tmp_path: Path) -> None:
+    home = new_home(tmp_path / "owner")
+    key = home.database_key()
+    with home.exclusive("serves") as alone:
+        assert alone
+        with pytest.raises(OwnerHomeError, match="the gateway is running"):
+            owner_store.run_rekey(config(home.folder))
+        assert home.database_key() == key
+    owner_store.run_rekey(config(home.folder))
+    assert home.database_key() != key
 
 
 def test_a_log_that_was_tampered_with_ends_in_an_error(
