@@ -71,7 +71,11 @@ class Ledger:
                 f"Another process uses the kit with {folder}", remedy="Run one `python -m clients` per kit"
             ) from exc
         remove_unfinished(folder, "ledger.json", "upload.bin", SUM_FILE, "figures.json")
-        self.entries = self._read()
+        try:
+            self.entries = self._read()
+        except KitError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the lock back."""
