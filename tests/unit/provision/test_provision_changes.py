@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,36 @@ def test_fingerprints_tell_every_party_and_key_apart(without_c: Path, made: Path
     changed = load_site_kit(made / "a").federation
     other = dict(fingerprints(changed, bytes(32)))
     assert other["dealer"] != old["dealer"]
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("cloud_verify_key", "cloud"),
+        ("cloud_encryption_key", "cloud"),
+        ("owner_verify_key", "owner"),
+        ("ca_fingerprint", "certificate authority"),
+        ("server_fingerprint", "cloud's certificate"),
+        ("key_id", "model key, generation 1"),
+        ("verify_key", "site b"),
+        ("encryption_key", "site b"),
+        ("node_key", "site b"),
+    ],
+)
+def test_another_key_of_a_party_changes_its_fingerprint_and_no_other(made: Path, key: str, row: str) -> None:
+    """Whoever swaps one key of a kit on its way is heard on the telephone."""
+    dealer = load_dealer(made)
+    federation = dealer.ledger.federation
+    if row == "site b":
+        swapped = replace(federation.sites["b"], **{key: getattr(federation.sites["c"], key)})
+        changed = replace(federation, sites={**federation.sites, "b": swapped})
+    else:
+        old = getattr(federation, key)
+        changed = replace(federation, **{key: "5" * len(old) if isinstance(old, str) else b"5" * 32})
+    before, after = (dict(fingerprints(one, dealer.public_key)) for one in (federation, changed))
+    assert {name for name in before if before[name] != after[name]} == {row}
+    digits = {len(text.replace(" ", "")) for text in before.values()}
+    assert digits == {32}, "128 bits: nobody finds another key with the same fingerprint"
 
 
 # --- the command ---------------------------------------------------------------------------------
