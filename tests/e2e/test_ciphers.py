@@ -93,6 +93,7 @@ def test_keyed_noise_costs_nothing_under_encryption_either(tmp_path: Path) -> No
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     command = [
         sys.executable, "-c",

@@ -20,7 +20,7 @@ from flep_fl.flower.demonstration import OWNERS
 
 pytestmark = pytest.mark.e2e
 
-SMALL = ("data.limit=150", "federation.rounds=2", "train.local_epochs=1")
+SMALL = ("data.limit=90", "federation.rounds=2", "train.local_epochs=1")
 TWO = ("federation.sites=2", "federation.min_contributors=2")
 
 
@@ -51,7 +51,7 @@ def check_story(out: Path, said: str, analysts: list[str], images: int) -> None:
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     done = run_script("scripts.demo", *SMALL, f"hydra.run.dir={tmp_path}", timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2", "lab-3"], 150)
+    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2", "lab-3"], 90)
     assert "warning" not in done.stdout
 
 
@@ -59,7 +59,7 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
 def test_two_owners_and_two_analysts_run_with_a_warning(tmp_path: Path) -> None:
     done = run_script("scripts.demo", *SMALL, *TWO, f"hydra.run.dir={tmp_path}", timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2"], 150)
+    check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2"], 90)
     assert "with two contributors" in done.stdout
 
 

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-@pytest.mark.parametrize("cipher", ["flep", "paper"])
+@pytest.mark.parametrize("cipher", ["flep", pytest.param("paper", marks=pytest.mark.slow)])
 def test_a_folder_gives_tables_figures_and_results(folder: Path, tmp_path: Path, cipher: str) -> None:
     out = tmp_path / "out"
     done = run(f"images={folder}", f"cipher={cipher}", "keys=6", "denoiser=none", f"hydra.run.dir={out}")

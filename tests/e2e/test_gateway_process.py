@@ -378,6 +378,7 @@ def kill_under_load(tmp_path: Path, *, times: int, devices: int) -> None:
     sound(home)
 
 
+@pytest.mark.slow
 def test_killed_three_times_under_load(tmp_path: Path) -> None:
     kill_under_load(tmp_path, times=3, devices=4)
 

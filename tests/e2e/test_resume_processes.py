@@ -76,6 +76,7 @@ def check_end(parties: Parties) -> list[dict[str, Any]]:
     return rounds
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_training_goes_on(parties: Parties) -> None:
     for name in ("cloud", *SITES):
         parties.start(name)

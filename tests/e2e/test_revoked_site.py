@@ -30,6 +30,7 @@ def parties(tmp_path: Path) -> Iterator[Parties]:
     made.stop()
 
 
+@pytest.mark.slow
 def test_a_revoked_site_is_refused_by_the_cloud_and_the_others_go_on(parties: Parties) -> None:
     kits, stolen = parties.folder / "kits", parties.folder / "stolen"
     before = load_site_kit(kits / "a")

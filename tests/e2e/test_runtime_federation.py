@@ -167,6 +167,7 @@ def test_a_dead_supernode_is_a_named_error(start: Callable[..., Party]) -> None:
     assert "Traceback" not in site.text
 
 
+@pytest.mark.slow
 def test_a_killed_superlink_is_replaced_and_the_open_round_opened_again(
     start: Callable[..., Party], port: int, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_killed_superlink_is_replaced_and_the_open_round_opened_again(
     assert can_bind(port)
 
 
+@pytest.mark.slow
 def test_a_superlink_that_keeps_ending_ends_the_run_by_name(start: Callable[..., Party]) -> None:
     cloud = start("cloud", "cloud", "--patient", "--restarts", "1")
     for _ in range(2):
@@ -208,6 +210,7 @@ def test_a_site_without_a_cloud_says_so_and_gives_up(start: Callable[..., Party]
     assert "IdleTimeoutError: a heard nothing" in site.text
 
 
+@pytest.mark.slow
 def test_a_site_serves_a_cloud_that_was_started_again(start: Callable[..., Party]) -> None:
     first, site = start("cloud"), start("site", "a")
     site.wait_for("connected")

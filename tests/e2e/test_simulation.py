@@ -151,6 +151,8 @@ def test_the_same_seed_gives_the_same_model(tmp_path: Path, runs: Runs) -> None:
         assert largest_difference(dict(file), runs.models["open"]) == 0
 
 
+# CI runs the command itself as its last step.
+@pytest.mark.slow
 def test_smoke_experiment_as_ci_runs_it(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scripts.simulate", "experiment=smoke", f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -10,6 +10,7 @@ from parties import make_parties
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
 
 
+@pytest.mark.slow
 def test_waiting_sites_serve_a_second_run_and_then_give_up(tmp_path: Path) -> None:
     names = ("a", "b", "c")
     parties = make_parties(tmp_path, names, "federation.rounds=1", "train.local_epochs=1")
