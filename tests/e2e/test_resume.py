@@ -34,6 +34,7 @@ from flep_fl.contracts.errors import (
 )
 from flep_fl.flower.local_grid import LocalGrid
 from flep_fl.model_security.adder import KeylessAdder
+from flep_fl.model_security.optimiser_settings import OptimiserSettings
 from flep_fl.model_security.seal import open_checkpoint, seal_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
@@ -192,6 +193,44 @@ def test_a_run_may_end_and_go_on_many_times(tmp_path: Path, monkeypatch: pytest.
     ended.start(federation.grid)
     check_end(federation, ended)
     assert ended.rounds[0].attempts == 6
+
+
+@pytest.mark.parametrize(
+    "optimiser", [("fedavg",), ("fedavgm", 0.8, 0.5), ("fedadam", 0.3)], ids=lambda o: o[0]
+)
+def test_a_resumed_run_ends_with_the_model_of_one_that_nothing_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: tuple[Any, ...]
+) -> None:
+    """Two whole runs with the same seeds; an optimiser must not take a step twice, or leave one out."""
+    settings = OptimiserSettings(*optimiser)
+
+    def begin(name: str) -> Sessions:
+        sessions = make_sessions(tmp_path / name)
+        sessions.terms = replace(sessions.terms, every_sum=settings.has_memory)
+        for analyst in sessions.analysts.values():
+            analyst.membership = replace(analyst.membership, optimiser=settings)
+        return sessions
+
+    whole, cut = begin("whole"), begin("cut")
+    cloud(whole, tmp_path / "whole").start(whole.grid)
+    with end_at_write(monkeypatch, 5, after=True), pytest.raises(Crash):  # with the sum of round 2
+        cloud(cut, tmp_path / "cut").start(cut.grid)
+    for name in "abc":
+        cut.restart(name)
+    go_on_to(cut, tmp_path / "cut", 3, monkeypatch)  # when round 2 is decided
+    restart_superlink(cut)
+    ended = resumed(cut, tmp_path / "cut")
+    ended.start(cut.grid)
+    assert [record.attempts for record in ended.rounds] == [1, 2, 1]
+    models = {
+        name: [np.asarray(run.analysts[name].open().model["w"], dtype=np.float64) for run in (whole, cut)]
+        for name in "abc"
+    }
+    for name, (undisturbed, interrupted) in models.items():
+        assert np.abs(undisturbed - interrupted).max() < CLOSE, name
+        assert np.array_equal(interrupted, models["a"][1]), "all sites end with the same bits"
+        assert cut.analysts[name].trained == [1, 2, 3]
+    assert np.abs(models["a"][0] - np.linspace(-1, 1, 50)).max() > 0.1, "there was something to lose"
 
 
 def test_an_end_before_the_first_round_is_resumed_too(
