@@ -1,7 +1,7 @@
 """Real processes under TLS with node authentication: kill -9 of the server, and an optimiser's state.
 
 With ``fedavgm`` and ``fedadam`` a site must not miss a sum, so these runs show what ``fedavg`` cannot: all
-sites apply every sum across a resume, and end with the same bits.
+sites apply every sum across a resume, and end with the same bits; a site that is added later gets the state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parties import Parties, make_parties
+from parties import SEAL_SMALL, Parties, make_parties, run_script
+
+from flep_fl.model_security.keyring import CheckKey, ModelKey, state_key
+from flep_fl.model_security.transfer import open_state
+from flep_fl.provision.kits import load_site_kit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he, pytest.mark.slow]
 
@@ -75,3 +79,48 @@ def test_a_server_killed_under_tls_goes_on_with_the_optimisers_model(
     interrupted = model(parties, "a")
     assert all(same(model(parties, name), interrupted) for name in SITES[1:])
     assert [(tmp_path / "kits" / name / "state" / "optimiser.bin").is_file() for name in SITES] == [True] * 3
+
+
+def states(parties: Parties) -> dict[str, bytes]:
+    """Weights and moments of every site, opened with the keys of its kit."""
+    found = {}
+    for name in parties.names:
+        kit = load_site_kit(parties.folder / "kits" / name)
+        blob = (parties.folder / "kits" / name / "state" / "optimiser.bin").read_bytes()
+        assert kit.model_key is not None
+        key = state_key(ModelKey.from_bytes(kit.model_key), CheckKey.from_bytes(kit.check_key))
+        found[name] = open_state(key, "kept", blob)[1]
+    return found
+
+
+def test_a_site_that_is_added_takes_the_optimisers_state_over(tmp_path: Path, made: list[Parties]) -> None:
+    """After a rotation the model goes on; a new site has neither it nor the keys that it was made under."""
+    settings = ("federation.rounds=1", "train.local_epochs=1", "runtime.tls=on")
+    parties = make_parties(tmp_path, SITES, *settings, "federation.optimizer=fedadam")
+    made.append(parties)
+    for name in ("cloud", *SITES):
+        parties.start(name)
+    everybody_ends(parties)
+    held = set(states(parties).values())
+    assert len(held) == 1
+
+    kits, archive = tmp_path / "kits", tmp_path / "archive-2"
+    for script, *arguments in (
+        ("scripts.provision", "action=add", "sites=[d]", f"out={kits}"),
+        ("scripts.provision", "action=rotate", f"out={kits}"),
+        ("scripts.seal", *SEAL_SMALL, f"kits={kits}", f"out={archive}"),
+    ):
+        done = run_script(script, *arguments, f"hydra.run.dir={tmp_path / 'runs' / 'add'}")
+        assert done.returncode == 0, done.stderr
+    parties.names = (*SITES, "d")
+    assert not (kits / "d" / "state").exists(), "it has nothing of the model"
+    for name in ("cloud", *parties.names):
+        parties.start(name, *([f"archive={archive / name}"] if name != "cloud" else []))
+    everybody_ends(parties)
+
+    assert parties.log("cloud").count("has taken the optimiser's state over") == 1, parties.log("cloud")
+    assert "site d has taken the optimiser's state over" in parties.log("cloud")
+    assert [sorted(entry["replied"]) for entry in rounds_of(parties)] == [list(parties.names)]
+    after = set(states(parties).values())
+    assert len(after) == 1 and after != held
+    assert same(model(parties, "d"), model(parties, "a"))
