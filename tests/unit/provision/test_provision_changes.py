@@ -159,6 +159,42 @@ def test_a_rotation_renews_the_clouds_certificate_for_the_key_that_it_has(kits: 
     assert (federation.address, federation.tls) == ("10.1.2.3:9092", True)
 
 
+def names_of(certificate: Path) -> set[str]:
+    from cryptography import x509
+
+    loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {*map(str, names.get_values_for_type(x509.IPAddress)), *names.get_values_for_type(x509.DNSName)}
+
+
+def test_an_addition_renews_the_certificate_where_the_cloud_moves_and_only_there(kits: Path) -> None:
+    """The names that sites dial today stay good, beside the new one."""
+    certificate = kits / "cloud" / "server.crt"
+    rotate_keys(kits, hosts=["fl.example.org"])
+    first = certificate.read_bytes()
+    add_sites(kits, ["e"], address="fl.example.org:9443")
+    assert certificate.read_bytes() == first, "it is good for that name already"
+    change = add_sites(kits, ["f"], address="10.1.2.3:9092")
+    assert certificate.read_bytes() != first
+    assert "server.crt" in change.files["cloud"]
+    assert {"10.1.2.3", "fl.example.org", "localhost"} <= names_of(certificate)
+    load_cloud_kit(kits / "cloud")
+    assert load_site_kit(kits / "a").federation.address == "10.1.2.3:9092"
+
+
+def test_old_keys_that_the_dealer_has_dropped_are_deleted_at_the_site_too(kits: Path, tmp_path: Path) -> None:
+    """A site gets new files by copying: what is too old is still there, but the manifest names it no more."""
+    rotate_keys(kits)
+    theirs = Path(shutil.copytree(kits / "a", tmp_path / "machine-a"))
+    for _ in range(3):
+        rotate_keys(kits)
+    for path in (kits / "a").iterdir():
+        shutil.copy2(path, theirs)
+    assert (theirs / "previous-1.wrapped").exists()
+    assert [keys.generation for keys in load_site_kit(theirs).previous] == [4, 3, 2]
+    assert not (theirs / "previous-1.wrapped").exists()
+
+
 # --- revoke --------------------------------------------------------------------------------------
 
 
