@@ -39,6 +39,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError("This is not the configuration of an attack")
     attack, settings = read_settings(config.attack)
 
+    import logging
     import tempfile
     from pathlib import Path
 
@@ -47,6 +48,7 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.reporting.console import Progress
 
     limit_threads(config.runtime.threads)
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # importing Flower has undone what hydra had set
     progress = Progress("attack")
     case = str(HydraConfig.get().runtime.choices["attack"])
     own = [text for text in HydraConfig.get().overrides.task if not text.startswith("attack=")]

@@ -11,9 +11,10 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.config import to_config
 
     config = to_config(cfg)
+    from flep_fl.attacks.run_view import invert_for_report
     from flep_fl.flower.demonstration import run_demo
 
-    run_demo(config)
+    run_demo(config, invert=invert_for_report)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.reporting.tracking import require_tracking
 
     require_tracking(config.tracking.name)
+    from flep_fl.attacks.run_view import invert_for_report
     from flep_fl.flower.simulation import run_simulation
 
-    run_simulation(config)
+    run_simulation(config, invert=invert_for_report)
 
 
 if __name__ == "__main__":

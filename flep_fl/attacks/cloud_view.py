@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from flep_fl.attacks.evidence import CapturedUpdate, Evidence
+from flep_fl.attacks.evidence import Evidence
 from flep_fl.config import Config, ckks_profile
 from flep_fl.contracts.errors import ConfigError, KitError
 from flep_fl.data_analyst.model import build_model, get_arrays
@@ -73,7 +73,7 @@ def opened_sum(evidence: Evidence) -> NDArray[np.float64]:
     return ModelLayout.of(arrays).flatten(arrays).astype(np.float64)
 
 
-def interpreted_bytes(upload: CapturedUpdate, config: Config, size: int) -> NDArray[np.float64]:
+def interpreted_bytes(payload: bytes, config: Config, size: int) -> NDArray[np.float64]:
     """Read a ciphertext as if it were weights: its coefficients, centred, the first ``size`` of them.
 
     It is the best that a cloud without a key has: CKKS puts the vector into polynomials and adds one that
@@ -88,9 +88,9 @@ def interpreted_bytes(upload: CapturedUpdate, config: Config, size: int) -> NDAr
     profile = ckks_profile(config)
     count = profile.ciphertexts(vector_length(size, checked=True))
     try:
-        packed = PackedPayload(upload.payload, profile, count, allow_seeded=True)
+        packed = PackedPayload(payload, profile, count, allow_seeded=True)
         values = np.concatenate([rows[0] for rows in packed.residues()]).astype(np.float64)
     except ValueError:
-        values = np.frombuffer(upload.payload, np.uint8).astype(np.float64)
+        values = np.frombuffer(payload, np.uint8).astype(np.float64)
     values -= (values.max() + values.min()) / 2
     return np.resize(values / np.abs(values).max(), size)

@@ -265,7 +265,7 @@ def _observed(
 ) -> NDArray[np.float64]:
     """Return the change of weights as far as this cloud can tell."""
     if evidence.config.cloud.trust in ("untrusted", "mixed"):
-        return interpreted_bytes(evidence.first_upload(victim), evidence.config, len(start))
+        return interpreted_bytes(evidence.first_upload(victim).payload, evidence.config, len(start))
     if settings.sum_only:
         return opened_sum(evidence) - start
     return opened_update(evidence, victim, len(start)) - start

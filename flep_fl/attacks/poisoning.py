@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message
@@ -35,13 +36,16 @@ def flipped(data: SiteData) -> SiteData:
     return replace(data, train=replace(data.train, labels=(data.train.labels + 1) % classes))
 
 
-def scaling(factor: float) -> Mod:
+def scaling(factor: float, from_round: int = 1) -> Mod:
     """Return a mod that sends ``start - factor * (trained - start)`` in the place of the trained model.
 
-    So the update points away from where training went, ``factor`` times as far.
+    So the update points away from where training went, ``factor`` times as far. Before ``from_round`` the
+    site is honest.
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if cast(int, message.content.config_records["config"]["server-round"]) < from_round:
+            return call_next(message, context)
         start = {name: array.numpy() for name, array in _record(message).items()}
         reply = call_next(message, context)
         if reply.has_error():
@@ -57,10 +61,18 @@ def scaling(factor: float) -> Mod:
 
 def run(config: Config, settings: Poisoning, folder: Path) -> Outcome:
     """Run an honest federation, a poisoned one, and a poisoned one whose analysts test what they accept."""
+    if not 1 <= settings.from_round <= config.federation.rounds:
+        raise ConfigError(
+            "attack.from_round is no round of this run",
+            expected=f"1 to {config.federation.rounds}",
+            found=settings.from_round,
+        )
     if settings.kind == "label_flip":
+        if settings.from_round != 1:
+            raise ConfigError("Labels are flipped from the first round on", remedy="Set attack.from_round=1")
         poison = SiteChanges(data=flipped)
     elif settings.kind == "scaled_update":
-        poison = SiteChanges(mods=[scaling(settings.factor)])
+        poison = SiteChanges(mods=[scaling(settings.factor, settings.from_round)])
     else:
         raise ConfigError(
             "attack.kind is unknown", expected="label_flip or scaled_update", found=settings.kind
@@ -94,6 +106,7 @@ def run(config: Config, settings: Poisoning, folder: Path) -> Outcome:
             "kind": settings.kind,
             "poisoners": f"1 of {len(names)}",
             "factor": settings.factor if settings.kind == "scaled_update" else None,
+            "from_round": settings.from_round if settings.kind == "scaled_update" else None,
             "rounds": config.federation.rounds,
             "accept_drop": settings.accept_drop,
         },

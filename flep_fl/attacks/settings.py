@@ -129,12 +129,14 @@ class CheatingCloud:
 class Poisoning:
     """One of the analysts poisons: ``kind`` label_flip or scaled_update.
 
-    ``factor``: how far the scaled update goes beyond an honest one. ``accept_drop`` is the value of
-    ``federation.accept_drop`` that the run with acceptance tests takes.
+    ``factor``: how far the scaled update goes beyond an honest one; ``from_round``: the first round in which
+    it is sent. ``accept_drop`` is the value of ``federation.accept_drop`` that the run with acceptance tests
+    takes.
     """
 
     kind: str = "label_flip"
     factor: float = 10.0
+    from_round: int = 1
     accept_drop: float = 0.05
 
 

@@ -24,7 +24,7 @@ from flep_fl.data_owner.sources import require_source
 from flep_fl.entry import output_dir
 from flep_fl.flower.children import Children, option
 from flep_fl.flower.processes import stop_on_signals
-from flep_fl.flower.run_report import sample_of, write_run_report
+from flep_fl.flower.run_report import Invert, load_sample, write_run_report
 from flep_fl.flower.runtime.environment import LOOPBACK, bind
 from flep_fl.provision.kits import CLOUD, create_kits
 from flep_fl.reporting.console import Progress, say, warn_few_contributors
@@ -88,8 +88,15 @@ class Owner:
         return f"https://{LOOPBACK}:{self.ports['release']}#{load_home(self.home).owner_key.hex()}"
 
 
-def run_demo(config: Config) -> None:
+def run_demo(config: Config, *, invert: Invert | None = None) -> None:
     """Run the whole story as processes on this machine; see the module's docstring.
+
+    Parameters
+    ----------
+    config
+        The whole configuration.
+    invert
+        As :func:`.write_run_report` takes it.
 
     Raises
     ------
@@ -127,7 +134,9 @@ def run_demo(config: Config) -> None:
     results |= {"restore": _restore(owners), "owners": {owner.name: _measured(owner) for owner in owners}}
     write_json(out / "results.json", results)
     progress("drawing the report")
-    report = write_run_report(out, config, results, lambda: sample_of(config), title=TITLE, on_event=progress)
+    report = write_run_report(
+        out, config, results, lambda: load_sample(config), invert=invert, title=TITLE, on_event=progress
+    )
     _summary(results, out, time.monotonic() - started)
     if report is not None:
         say(f"report: {report}")

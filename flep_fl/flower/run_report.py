@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -17,15 +17,23 @@ from flep_fl.contracts.owner_records import OwnerImage
 from flep_fl.reporting.redaction import redacted
 from flep_fl.reporting.results import REPORT, REPORT_DATA
 
+if TYPE_CHECKING:
+    from flep_fl.provision.owner import Sample
+    from flep_fl.reporting.inversion_view import InversionView
+
 Say = Callable[[str], None]
+
+Invert = Callable[[Config, "Sample"], "InversionView"]
+"""Attacks an update of this run's network; :func:`flep_fl.attacks.run_view.invert_for_report`."""
 
 
 def write_run_report(
     out: Path,
     config: Config,
     results: dict[str, Any],
-    sample: Callable[[], Sequence[OwnerImage]],
+    sample: Callable[[], Sample],
     *,
+    invert: Invert | None = None,
     title: str = "Federation run",
     on_event: Say = lambda _line: None,
 ) -> Path | None:
@@ -41,6 +49,8 @@ def write_run_report(
         The content of ``results.json``.
     sample
         Returns a few of the owner's images, plain; asked only where they are shown.
+    invert
+        Makes the picture of what a cloud can read from an update; None: the page has none.
     title
         Heading.
     on_event
@@ -57,17 +67,27 @@ def write_run_report(
     from flep_fl.reporting.run_page import run_page
 
     try:
-        images = _images(config, sample()) if config.report.name == "full" else None
+        images = inversion = None
+        if config.report.name == "full":
+            shown = sample()
+            images = _images(config, shown.images)
+            inversion = None if invert is None else invert(config, shown)
         settings = redacted(plain_settings(config))
-        data = {"title": title, "settings": settings, "images": None if images is None else images.to_json()}
+        data = {
+            "title": title,
+            "settings": settings,
+            "images": None if images is None else images.to_json(),
+            "inversion": None if inversion is None else inversion.to_json(),
+        }
         write_secret(out / REPORT_DATA, json.dumps(data).encode() + b"\n")
-        return write_page(out / REPORT, run_page(results, settings, images=images, title=title))
+        page = run_page(results, settings, images=images, inversion=inversion, title=title)
+        return write_page(out / REPORT, page)
     except FlepError as exc:
         on_event(f"no report: {type(exc).__name__}: {exc}")
         return None
 
 
-def sample_of(config: Config) -> list[OwnerImage]:
+def load_sample(config: Config) -> Sample:
     """Return a few of the run's images, plain.
 
     Raises
@@ -76,7 +96,7 @@ def sample_of(config: Config) -> list[OwnerImage]:
         As :func:`flep_fl.data_owner.sources.load_source`.
     """
     from flep_fl.data_owner.sources import load_source
-    from flep_fl.provision.owner import restore_sample
+    from flep_fl.provision.owner import sample_of
 
     data = config.data
     source = load_source(
@@ -87,7 +107,7 @@ def sample_of(config: Config) -> list[OwnerImage]:
         seed=config.seed,
         mode=data.mode,
     )
-    return restore_sample(source)
+    return sample_of(source)
 
 
 def write_cloud_report(out: Path, config: Config, results: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from flep_fl.flower.compose_cloud import cloud_app, cloud_strategy
 from flep_fl.flower.compose_site import prepare_site
 from flep_fl.flower.local_grid import LocalGrid, run_server_app
 from flep_fl.flower.ray_sites import SiteFolders, ray_client
-from flep_fl.flower.run_report import plain_settings, write_run_report
+from flep_fl.flower.run_report import Invert, plain_settings, write_run_report
 from flep_fl.flower.run_tracking import tracked
 from flep_fl.flower.runtime.ray_engine import LOCAL, require_ray, run_on_ray
 from flep_fl.provision.kits import (
@@ -44,12 +44,12 @@ def site_names(count: int) -> list[str]:
     return [f"site-{number:0{width}d}" for number in range(count)]
 
 
-def run_simulation(config: Config) -> dict[str, Any]:
+def run_simulation(config: Config, *, invert: Invert | None = None) -> dict[str, Any]:
     """Simulate one run in hydra's output directory; see :func:`simulate`."""
-    return simulate(config, output_dir())
+    return simulate(config, output_dir(), invert=invert)
 
 
-def simulate(config: Config, out: Path) -> dict[str, Any]:
+def simulate(config: Config, out: Path, *, invert: Invert | None = None) -> dict[str, Any]:
     """Provision, seal and run a federation; all keys and archives are gone afterwards.
 
     Model keys, check keys and signing keys are random as ever. The *image* keys, nonces and noise come
@@ -62,6 +62,8 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
         The whole configuration.
     out
         Run directory: ``results.json``, ``report.html``, ``cloud/``, ``sites/<name>/``.
+    invert
+        As :func:`.write_run_report` takes it.
 
     Returns
     -------
@@ -117,7 +119,13 @@ def simulate(config: Config, out: Path) -> dict[str, Any]:
             )
             write_json(out / "results.json", results)
     report = write_run_report(
-        out, config, results, lambda: release.sample, title="Simulated run", on_event=progress
+        out,
+        config,
+        results,
+        lambda: release.sample,
+        invert=invert,
+        title="Simulated run",
+        on_event=progress,
     )
     print_table(strategy.rounds, title=f"cloud={config.cloud.trust}, {strategy.parameters} weights")
     progress(f"results: {out / 'results.json'}")

@@ -43,6 +43,14 @@ _EPOCH = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A few plain images of a data set, and its number of classes: for a report on the owner's side."""
+
+    images: Sequence[OwnerImage] = field(repr=False)
+    classes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """What the owner's job gave.
 
@@ -53,13 +61,13 @@ class Release:
     restore
         Quality of a sample after restoration.
     sample
-        These images, plain: for a report on the owner's own side.
+        These images, plain.
     """
 
     train: dict[str, int]
     test: dict[str, int]
     restore: RestoreQuality
-    sample: Sequence[OwnerImage] = field(default=(), repr=False)
+    sample: Sample
 
 
 def release_data_set(
@@ -165,7 +173,7 @@ def release_data_set(
         train={name: len(part) for name, part in zip(names, parts, strict=True)},
         test={name: len(share) for name, share in zip(names, shares, strict=True)},
         restore=restore_quality(source, cipher, denoise, restore_order(config)),
-        sample=restore_sample(source),
+        sample=sample_of(source),
     )
 
 
@@ -252,6 +260,11 @@ def restore_sample(source: OwnerImages) -> list[OwnerImage]:
     """Return images spread over the data set, :data:`RESTORE_SAMPLE` at most."""
     step = max(1, len(source.images) // RESTORE_SAMPLE)
     return [source.images[index] for index in range(0, len(source.images), step)[:RESTORE_SAMPLE]]
+
+
+def sample_of(source: OwnerImages) -> Sample:
+    """Return the images that :func:`restore_sample` chooses, for a report."""
+    return Sample(restore_sample(source), len(source.classes))
 
 
 def _mean(values: list[float]) -> float | None:

@@ -80,8 +80,8 @@ class ImageView:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            "stages": [_stage_json(stage) for stage in self.stages],
-            "fourth": [_stage_json(stage) for stage in self.fourth],
+            "stages": [stage_json(stage) for stage in self.stages],
+            "fourth": [stage_json(stage) for stage in self.fourth],
             "histograms": [list(counts) for counts in self.histograms],
             "measured": self.measured,
             "evaluation": self.evaluation,
@@ -98,8 +98,8 @@ class ImageView:
         """
         try:
             return cls(
-                [_stage(entry) for entry in value["stages"]],
-                [_stage(entry) for entry in value["fourth"]],
+                [stage_from(entry) for entry in value["stages"]],
+                [stage_from(entry) for entry in value["fourth"]],
                 [[int(count) for count in counts] for counts in value["histograms"]],
                 str(value["measured"]),
                 value["evaluation"],
@@ -261,9 +261,11 @@ def _quality(image: GreyImage, other: GreyImage) -> str:
     return f"{decibel:.1f} dB PSNR" if np.isfinite(decibel) else "exact"
 
 
-def _stage_json(stage: Stage) -> dict[str, str]:
+def stage_json(stage: Stage) -> dict[str, str]:
+    """Return a station as plain JSON values."""
     return {"name": stage.name, "caption": stage.caption, "png": base64.b64encode(stage.png).decode()}
 
 
-def _stage(value: Any) -> Stage:
+def stage_from(value: Any) -> Stage:
+    """Undo :func:`stage_json`; KeyError, TypeError or ValueError where the value is not of that form."""
     return Stage(str(value["name"]), str(value["caption"]), base64.b64decode(value["png"], validate=True))

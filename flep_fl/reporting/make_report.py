@@ -9,6 +9,7 @@ from pathlib import Path
 from flep_fl.contracts.files import write_atomic
 from flep_fl.reporting.attack_blocks import attack_blocks, attacks_page
 from flep_fl.reporting.image_view import ImageView
+from flep_fl.reporting.inversion_view import InversionView
 from flep_fl.reporting.page.blocks import Page
 from flep_fl.reporting.page.charts import standalone
 from flep_fl.reporting.page.render import write_page
@@ -63,11 +64,12 @@ def make_report(folder: Path, attacks: Sequence[Path] = (), title: str | None = 
 def _single(run: Run, found: Found, title: str | None) -> Page:
     path = run.folder / REPORT_DATA
     data = read_json(path) if path.is_file() else {}
-    images = data.get("images")
+    images, inversion = data.get("images"), data.get("inversion")
     return run_page(
         run.results,
         run.settings or data.get("settings") or {},
         images=None if images is None else ImageView.from_json(images),
+        inversion=None if inversion is None else InversionView.from_json(inversion),
         attacks=attack_blocks(found.attacks),
         title=title or str(data.get("title") or "Federation run"),
     )

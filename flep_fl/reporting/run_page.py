@@ -28,6 +28,7 @@ from flep_fl.reporting.redaction import flat_settings
 
 if TYPE_CHECKING:
     from flep_fl.reporting.image_view import ImageView
+    from flep_fl.reporting.inversion_view import InversionView
 
 SECONDS = ("train", "encrypt", "aggregate", "decrypt")
 LONG_LIST = 12
@@ -104,6 +105,7 @@ def run_page(
     settings: Mapping[str, Any],
     *,
     images: ImageView | None = None,
+    inversion: InversionView | None = None,
     attacks: Sequence[Block] = (),
     title: str = "Federation run",
 ) -> Page:
@@ -117,6 +119,8 @@ def run_page(
         The configuration, nested; what looks like a secret is not shown.
     images
         The life of one image, and the figures of the cipher.
+    inversion
+        What a cloud can read of an image in one update.
     attacks
         What attacks on this run gave; see :mod:`.attack_blocks`.
     title
@@ -132,8 +136,13 @@ def run_page(
         from flep_fl.reporting.image_blocks import cipher_section, life_section
 
         sections += [life_section(images), cipher_section(images)]
+    seen: list[Block] = []
+    if inversion is not None:
+        from flep_fl.reporting.inversion_view import inversion_blocks
+
+        seen = inversion_blocks(inversion)
     sections += [
-        _cloud_section(results, attacks),
+        _cloud_section(results, [*seen, *attacks]),
         _failures(results),
         _setting(results, settings, "Configuration"),
     ]
