@@ -47,29 +47,40 @@ def hydra_entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Ca
     return decorate
 
 
+class _JobError(Exception):
+    """A job of a sweep failed in a process of its own, and has said why; carries the exit code."""
+
+
 def run_entry(function: Callable[[DictConfig], None], config_name: str) -> int:
     """Run ``function`` under hydra, once per job of a sweep, and return the exit code.
 
     A job of a sweep that fails is reported and the others go on; the exit code is that of the first.
     """
     codes: list[int] = []
+    here = os.getpid()
 
     def job(cfg: DictConfig) -> None:
         # Reported here: what leaves the job would get hydra's own line on top of ours.
         try:
             function(cfg)
+            return
         except FlepError as exc:
-            codes.append(_report(exc))
+            code = _report(exc)
         except OmegaConfBaseException as exc:
-            codes.append(_report(_as_config_error(exc)))
+            code = _report(_as_config_error(exc))
         except OSError as exc:
-            codes.append(_report(_as_file_error(exc)))
+            code = _report(_as_file_error(exc))
+        codes.append(code)
+        if os.getpid() != here:  # a launcher's worker: its list is not ours, an exception comes back
+            raise _JobError(code)
 
     # hydra prints and exits on its own unless told to raise; we want our one-line errors.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register()
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    except _JobError as exc:
+        return int(exc.args[0])
     except (HydraException, OmegaConfBaseException) as exc:
         return _report(_as_config_error(exc))
     except KeyboardInterrupt:

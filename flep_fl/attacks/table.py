@@ -118,6 +118,7 @@ def _against(configuration: Mapping[str, Any]) -> str:
     for key, value in configuration.items():
         if key in _HIDDEN or value is None:
             continue
-        shown_value = ",".join(str(v) for v in value) if isinstance(value, list) else str(value)
-        parts.append(f"{key.replace('_', ' ')} {shown_value}")
+        values = value if isinstance(value, list) else [value]
+        text = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        parts.append(f"{key.replace('_', ' ')} {text}")
     return "; ".join(parts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from federations import SMALL, make_config
+from federations import make_federation as prepared_federation
 from flwr.app import Context, Message
 
 from flep_fl.attacks.evidence import Evidence, make_federation
@@ -14,13 +16,14 @@ from flep_fl.attacks.poisoning import scaling
 from flep_fl.contracts.errors import ConfigError
 from flep_fl.data_analyst.model import build_model, set_arrays
 from flep_fl.data_analyst.train import evaluate
+from flep_fl.flower import compose_site
 from flep_fl.flower.compose_site import SiteChanges
 from flep_fl.model_security.mod import ClientAppCallable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.he]
 
 POISONER = "site-2"
-TWO_ROUNDS = (*SMALL, "data.limit=180", "federation.rounds=2", "train.local_epochs=3", "train.batch_size=12")
+TWO_ROUNDS = (*SMALL, "data.limit=150", "federation.rounds=2", "train.local_epochs=3", "train.batch_size=12")
 
 
 def run(folder: Path, *overrides: str, poisoned: bool = True) -> Evidence:
@@ -52,10 +55,15 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("optimizer", ["fedavg", "fedavgm"])
-def test_a_poisoned_model_is_not_taken_over(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("cloud", "optimizer"),
+    [("open", "fedavg"), pytest.param("untrusted", "fedavgm", marks=pytest.mark.slow)],
+)
+def test_a_poisoned_model_is_not_taken_over(tmp_path: Path, cloud: str, optimizer: str) -> None:
     # The first model may be beaten by chance; a drop of 0 keeps whatever was better.
-    evidence = run(tmp_path, f"federation.optimizer={optimizer}", "federation.accept_drop=0.0")
+    evidence = run(
+        tmp_path, f"cloud={cloud}", f"federation.optimizer={optimizer}", "federation.accept_drop=0.0"
+    )
     agreed = [dict(party.session.model) for party in evidence.parties.values()]
     assert all(equal(agreed[0], other) for other in agreed[1:]), (
         "the agreed state does not depend on refusals"
@@ -66,12 +74,14 @@ def test_a_poisoned_model_is_not_taken_over(tmp_path: Path, optimizer: str) -> N
     assert accuracy(evidence, kept) > accuracy(evidence, agreed[0])
 
 
+@pytest.mark.slow
 def test_without_the_test_the_poisoned_model_is_taken(tmp_path: Path) -> None:
     evidence = run(tmp_path)
     assert equal(held(evidence, "site-0"), dict(evidence.parties["site-0"].session.model))
     assert not list(tmp_path.rglob("acceptance.npz")), "off by default: nothing is kept"
 
 
+@pytest.mark.slow
 def test_an_honest_model_is_taken(tmp_path: Path) -> None:
     evidence = run(tmp_path, "federation.accept_drop=0.5", poisoned=False)
     for site, party in evidence.parties.items():
@@ -88,13 +98,33 @@ def test_validation_images_are_not_trained_on(tmp_path: Path) -> None:
 
     evidence = make_federation(
         make_config(
-            *TWO_ROUNDS, "federation.rounds=1", "federation.accept_drop=0.5", "federation.accept_share=0.25"
+            *TWO_ROUNDS,
+            "cloud=open",
+            "data.limit=60",
+            "federation.rounds=1",
+            "train.local_epochs=1",
+            "federation.accept_drop=0.5",
+            "federation.accept_share=0.25",
         ),
         tmp_path,
         prepare=lambda site: SiteChanges(mods=[note] if site == "site-0" else []),
     )
     images = len(evidence.truth("site-0").train)
     assert seen == [images - round(0.25 * images)]
+
+
+def test_a_site_that_opens_no_model_tests_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testing: list[str] = []
+    make_test = compose_site._acceptance
+
+    def noted(name: str, *others: Any) -> Any:
+        testing.append(name)
+        return make_test(name, *others)
+
+    monkeypatch.setattr(compose_site, "_acceptance", noted)
+    public = ("ckks.encryption=public", "ckks.contribute_only=[c]")
+    prepared_federation(tmp_path, "data.limit=60", "federation.accept_drop=0.5", *public)
+    assert testing == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     check_story(tmp_path, done.stdout + done.stderr, ["lab-1", "lab-2", "lab-3"], 90)
     assert "warning" not in done.stdout
+    # It ends with the report, which shows what a cloud can read of an update.
+    report = tmp_path / "report.html"
+    assert done.stdout.splitlines()[-1] == f"report: {report}"
+    page = report.read_text()
+    assert "The life of one image" in page and "One image out of one update" in page
+    figures = json.loads((tmp_path / "report_data.json").read_text())["inversion"]["figures"]
+    assert figures["open"] > 0.5 > 0.3 > figures["untrusted"]
+    assert report.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow

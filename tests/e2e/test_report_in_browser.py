@@ -12,6 +12,9 @@ from federations import SMALL, make_config
 from report_samples import results
 
 from flep_fl.flower.run_report import write_run_report
+from flep_fl.provision.owner import Sample
+from flep_fl.reporting.image_view import Stage, png
+from flep_fl.reporting.inversion_view import InversionView
 
 pytestmark = [
     pytest.mark.e2e,
@@ -33,7 +36,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     images = [np.clip(rng.normal(120, 40, (8, 8)), 0, 255).astype(np.uint8) for _ in range(4)]
     config = make_config(*SMALL, "report=full", "report.keys=1")
-    path = write_run_report(tmp_path_factory.mktemp("report"), config, content, lambda: images)
+    inversion = InversionView([Stage(name, "x" * 90, png(images[0])) for name in "abc"], "y" * 400, {})
+    path = write_run_report(
+        tmp_path_factory.mktemp("report"),
+        config,
+        content,
+        lambda: Sample(images, 2),
+        invert=lambda _config, _sample: inversion,
+    )
     assert path is not None
     return path
 
@@ -43,7 +53,7 @@ def test_it_loads_quietly_and_fits(tab: Browser, report: Path, width: int, dark:
     tab.open(report, width=width, dark=dark)
     assert tab.errors == []
     assert [url for url in tab.requests if not url.startswith(("data:", report.as_uri()))] == []
-    assert tab.run("document.images.length") >= 9
+    assert tab.run("document.images.length") >= 12
     assert tab.run("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert tab.run("document.documentElement.scrollWidth") <= width
     assert tab.run("[...document.querySelectorAll('svg.chart')].every(chart => chart.clientHeight > 20)")

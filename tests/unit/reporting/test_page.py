@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from report_samples import results
 
 from flep_fl.reporting.image_view import ImageView, Stage, png
+from flep_fl.reporting.inversion_view import InversionView
 from flep_fl.reporting.page.blocks import Page, Section, Table, Text
 from flep_fl.reporting.page.render import render, write_page
 from flep_fl.reporting.run_page import cloud_page, run_page
@@ -51,8 +52,14 @@ def a_view() -> ImageView:
     return ImageView(stages, stages, [[1] * 256, [2] * 256], "an image", None)
 
 
+def an_inversion() -> InversionView:
+    return InversionView(
+        [Stage("cloud=open", "caption", png(an_image(7)))], "what was attacked", {"open": 0.9}
+    )
+
+
 def whole_page() -> str:
-    return render(run_page(results(), SETTINGS, images=a_view()))
+    return render(run_page(results(), SETTINGS, images=a_view(), inversion=an_inversion()))
 
 
 def test_a_page_asks_for_nothing_outside_itself() -> None:
@@ -64,7 +71,7 @@ def test_a_page_asks_for_nothing_outside_itself() -> None:
     style = (Path(__file__).parents[3] / "flep_fl/reporting/page/templates/page.css").read_text()
     assert "url(" not in style
     assert "@import" not in style
-    assert len(found.named("img")) == 4
+    assert len(found.named("img")) == 5
 
 
 def test_the_policy_forbids_whatever_is_not_in_the_page() -> None:
@@ -116,6 +123,7 @@ def test_the_clouds_page_has_only_what_the_cloud_knows() -> None:
     handed = results() | {
         "restore": {"psnr_db": 31.4159, "noisy_psnr_db": 20.2718},
         "images": a_view().to_json(),
+        "inversion": an_inversion().to_json(),
         "examples": {"a": 987654},
     }
     handed["final"]["secret_figure"] = 123.456
@@ -131,12 +139,14 @@ def test_the_clouds_page_has_only_what_the_cloud_knows() -> None:
         "123.456",
         "PSNR",
         "life of one image",
+        "out of one update",
         "data:image",
     ):
         assert secret not in page, secret
     # The same figures do appear where they belong: the search above can find them.
-    whole = render(run_page(handed, SETTINGS, images=a_view()))
-    assert all(shown in whole for shown in ("31.4 dB", "20.3 dB", "life of one image", "data:image"))
+    whole = render(run_page(handed, SETTINGS, images=a_view(), inversion=an_inversion()))
+    there = ("31.4 dB", "20.3 dB", "life of one image", "out of one update", "data:image")
+    assert all(shown in whole for shown in there)
 
 
 @pytest.mark.parametrize("mode", ["untrusted", "trusted", "mixed", "open"])
