@@ -109,9 +109,12 @@ def _as_config_error(exc: Exception) -> ConfigError:
     text = str(exc) if exc.__cause__ is None else f"{exc} {exc.__cause__}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if "use +" not in line and not line.startswith(("object_type", "See "))]
+    missing = "'hydra/launcher/joblib'" in text
     return ConfigError(
         "The configuration is not valid: " + ", ".join(kept)[:400].replace(":, ", ": ").replace(".,", "."),
-        remedy="Run the command with --help to see every option and its value",
+        remedy="Run: pip install -e '.[joblib]'"
+        if missing
+        else "Run the command with --help to see every option and its value",
     )
 
 

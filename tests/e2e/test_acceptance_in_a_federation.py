@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from federations import SMALL, make_config
 from federations import make_federation as prepared_federation
 from flwr.app import Context, Message
@@ -14,7 +15,8 @@ from flwr.app import Context, Message
 from flep_fl.attacks.evidence import Evidence, make_federation
 from flep_fl.attacks.poisoning import scaling
 from flep_fl.contracts.errors import ConfigError
-from flep_fl.data_analyst.model import build_model, set_arrays
+from flep_fl.data_analyst.acceptance import AcceptanceTest
+from flep_fl.data_analyst.model import build_model, get_arrays, set_arrays
 from flep_fl.data_analyst.train import evaluate
 from flep_fl.flower import compose_site
 from flep_fl.flower.compose_site import SiteChanges
@@ -111,6 +113,33 @@ def test_validation_images_are_not_trained_on(tmp_path: Path) -> None:
     )
     images = len(evidence.truth("site-0").train)
     assert seen == [images - round(0.25 * images)]
+
+
+def test_a_site_trains_from_and_hands_out_the_model_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[int, dict[str, np.ndarray]] = {}
+    started: list[dict[str, np.ndarray]] = []
+    train_local = compose_site.train_local
+
+    def keep_the_first(self: AcceptanceTest, model: dict[str, np.ndarray], _run: str) -> Any:
+        return first.setdefault(id(self), dict(model))
+
+    def noted(model: torch.nn.Module, *others: Any, **options: Any) -> Any:
+        started.append({name: value.copy() for name, value in get_arrays(model).items()})
+        return train_local(model, *others, **options)
+
+    monkeypatch.setattr(AcceptanceTest, "consider", keep_the_first)
+    monkeypatch.setattr(compose_site, "train_local", noted)
+    small = ("cloud=open", "data.limit=60", "train.local_epochs=1", "federation.accept_drop=0.5")
+    evidence = run(tmp_path, *small, poisoned=False)
+    initial = next(iter(first.values()))
+    assert len(started) == 6
+    assert all(equal(start, initial) for start in started)
+    assert equal(held(evidence, "site-0"), initial)
+    exported = torch.load(evidence.model_file("site-0").with_name("model.pt"), weights_only=True)
+    assert equal({name: value.numpy() for name, value in exported.items()}, initial)
+    assert not equal(dict(evidence.parties["site-0"].session.model), initial)
 
 
 def test_a_site_that_opens_no_model_tests_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
