@@ -44,7 +44,7 @@ def scaling(factor: float, from_round: int = 1) -> Mod:
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if cast(int, message.content.config_records["config"]["server-round"]) < from_round:
+        if from_round > 1 and _round(message) < from_round:
             return call_next(message, context)
         start = {name: array.numpy() for name, array in _record(message).items()}
         reply = call_next(message, context)
@@ -148,6 +148,10 @@ def accuracy_of(
     with np.load(evidence.model_file(site)) as file:
         set_arrays(model, dict(file))
     return evaluate(model, images, labels).accuracy
+
+
+def _round(message: Message) -> int:
+    return cast(int, message.content.config_records["config"]["server-round"])
 
 
 def _record(message: Message) -> ArrayRecord:

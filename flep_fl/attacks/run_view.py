@@ -33,8 +33,11 @@ SIDE = 32
 LARGEST_NETWORK = 1_000_000
 """Weights; beyond it the search would take minutes."""
 
+ITERATIONS = 100
+"""Of the search."""
+
 _SMALLEST = 7  # an SSIM window
-_ITERATIONS, _STEP, _TOTAL_VARIATION = 100, 0.1, 1e-3
+_STEP, _TOTAL_VARIATION = 0.1, 1e-3
 _TRAINING = LocalTraining(lr=0.05, steps=1)
 _LABEL = 0  # any does: the attack is told
 
@@ -72,7 +75,7 @@ def invert_for_report(config: Config, sample: Sample) -> InversionView:
     opened = read_update(PlainModelCipher("report").encrypt(vector), len(vector))[:-1] - start
     length = vector_length(len(start), checked=True)
     sealed = _fresh_cipher(config).encrypt(np.pad(vector, (0, length - len(vector))))
-    search = Search(_ITERATIONS, _STEP, _TOTAL_VARIATION, restarts=1, seed=config.seed)
+    search = Search(ITERATIONS, _STEP, _TOTAL_VARIATION, restarts=1, seed=config.seed)
     shape = (channels, small.shape[0], small.shape[1])
 
     def attacked(observed: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -95,7 +98,7 @@ def invert_for_report(config: Config, sample: Sample) -> InversionView:
     ]
     return InversionView(
         stages,
-        f"Gradient inversion (Geiping et al. 2020, {_ITERATIONS} iterations) of an update made for this "
+        f"Gradient inversion (Geiping et al. 2020, {ITERATIONS} iterations) of an update made for this "
         f"page: one image of this run, reduced to {SIDE} pixels at most, one step from the first weights of "
         f"this run's network ({len(start):,} weights), its label known. That is the easiest update to "
         "attack; the run's own come from many images and steps. For cloud=untrusted the search gets the "
