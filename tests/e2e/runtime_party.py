@@ -33,7 +33,7 @@ def replies_to(grid: Grid, waiting: set[str]) -> Iterator[Message]:
         time.sleep(0.1)
 
 
-def run_round(grid: Grid, number: int, sites: int, *, last: bool, nap: int) -> None:
+def run_round(grid: Grid, number: int, sites: int, *, last: bool, after: str) -> None:
     nodes: list[int] = []
     while len(nodes) < sites:
         nodes = sorted(grid.get_node_ids())
@@ -43,7 +43,8 @@ def run_round(grid: Grid, number: int, sites: int, *, last: bool, nap: int) -> N
     messages = [Message(content, node, "train", group_id=str(number)) for node in nodes]
     started = time.monotonic()
     pushed = set(grid.push_messages(messages))
-    time.sleep(nap)
+    while after and not Path(after).exists():
+        time.sleep(0.05)
     for reply in replies_to(grid, pushed):
         if reply.has_error():
             say(f"ERROR {reply.error.code} {reply.error.reason}")
@@ -62,7 +63,7 @@ def server_app() -> ServerApp:
         number = 1
         while number <= rounds:
             try:
-                run_round(grid, number, sites, last=number == rounds, nap=int(context.run_config["nap"]))
+                run_round(grid, number, sites, last=number == rounds, after=str(context.run_config["after"]))
                 number += 1
             except SuperLinkLostError as exc:
                 if not context.run_config["patient"]:
@@ -118,7 +119,7 @@ def main() -> int:
     parser.add_argument("--certificate", type=Path)
     parser.add_argument("--private-key", type=Path)
     parser.add_argument("--node-keys", type=Path)
-    parser.add_argument("--nap", type=int, default=0)
+    parser.add_argument("--after", default="", help="look for replies once this file exists")
     parser.add_argument("--fail", default="")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--idle-timeout", type=float, default=0.0)
@@ -141,7 +142,7 @@ def main() -> int:
                         "sites": options.sites,
                         "rounds": options.rounds,
                         "linger": options.linger,
-                        "nap": options.nap,
+                        "after": options.after,
                         "patient": options.patient,
                     },
                     stop=stop,

@@ -84,7 +84,7 @@ def test_two_sites_two_rounds_end_by_themselves_behind_split_ports(
 
     sites = [start("site", name) for name in ("a", "b")]
     assert cloud.exit_status(45) == 0, cloud.text
-    assert [site.exit_status(15) for site in sites] == [0, 0]
+    assert [site.exit_status(30) for site in sites] == [0, 0]
     replies = sorted(line for _, line in cloud.lines if line.startswith("REPLY"))
     # The context's state lives from round to round, and 8 MB arrays arrive whole.
     assert replies == ["REPLY 1 1 2000000"] * 2 + ["REPLY 2 2 4000000"] * 2
@@ -113,11 +113,9 @@ def test_sigint_ends_a_busy_site_and_a_waiting_cloud(start: Callable[..., Party]
     cloud, site = start("cloud", "cloud", "--sites", "1"), start("site", "a", "--slow", "120")
     site.wait_for("TRAIN")
     children = [*cloud.children(), *site.children()]
-    asked = time.monotonic()
     site.process.send_signal(signal.SIGINT)
     cloud.process.send_signal(signal.SIGINT)
-    assert (site.exit_status(15), cloud.exit_status(15)) == (130, 130)
-    assert time.monotonic() - asked < 10
+    assert (site.exit_status(30), cloud.exit_status(30)) == (130, 130)
     assert "INTERRUPTED" in site.text
     assert "INTERRUPTED" in cloud.text
     assert "Traceback" not in site.text + cloud.text
@@ -125,27 +123,28 @@ def test_sigint_ends_a_busy_site_and_a_waiting_cloud(start: Callable[..., Party]
     assert can_bind(port)
 
 
-def test_a_killed_site_is_an_error_reply_and_disappears(start: Callable[..., Party]) -> None:
-    cloud = start("cloud", "cloud", "--rounds", "1", "--linger", "--nap", "4")
+def test_a_killed_site_is_an_error_reply_and_disappears(start: Callable[..., Party], tmp_path: Path) -> None:
+    look = tmp_path / "look"
+    cloud = start("cloud", "cloud", "--rounds", "1", "--linger", "--after", str(look))
     quick, slow = start("site", "a"), start("site", "b", "--slow", "120")
     slow.wait_for("TRAIN")
     # The quick site leaves after its reply and before the cloud looks for it; the reply counts all the same.
     assert quick.exit_status(30) == 0
-    left = time.monotonic()
     slow.process.kill()
     killed = time.monotonic()
-    assert cloud.wait_for("ERROR 5 ", 20) - killed < 16
-    assert cloud.wait_for("NODES 0", 20) - killed < 16
-    assert cloud.wait_for("REPLY 1 1 2000000") > left
+    look.touch()
+    assert cloud.wait_for("ERROR 5 ", 45) - killed < 40  # Flower itself: about 75 s
+    assert cloud.wait_for("NODES 0", 45) - killed < 40
+    cloud.wait_for("REPLY 1 1 2000000")
     cloud.process.send_signal(signal.SIGTERM)
-    assert cloud.exit_status(10) == 130
+    assert cloud.exit_status(30) == 130
 
 
 def test_an_apps_exception_travels_as_a_code_only(start: Callable[..., Party], tmp_path: Path) -> None:
     cloud = start("cloud", "cloud", "--rounds", "1")
     sites = [start("site", "a", "--fail", "named"), start("site", "b", "--fail", "other")]
     assert cloud.exit_status(45) == 0
-    assert [site.exit_status(15) for site in sites] == [0, 0]
+    assert [site.exit_status(30) for site in sites] == [0, 0]
     errors = sorted(line for _, line in cloud.lines if line.startswith("ERROR"))
     assert errors == ["ERROR 2 error", "ERROR 2 sum_rejected"]
     told = cloud.text + (tmp_path / "cloud" / "superlink.log").read_text()
@@ -162,7 +161,7 @@ def test_a_dead_supernode_is_a_named_error(start: Callable[..., Party]) -> None:
     site.wait_for("TRAIN")
     (child,) = site.children()
     os.kill(child, signal.SIGKILL)
-    assert site.exit_status(15) == 1
+    assert site.exit_status(30) == 1
     assert "RuntimeStartError: The SuperNode ended unexpectedly (exit status -9)" in site.text
     assert "Traceback" not in site.text
 
@@ -218,6 +217,6 @@ def test_a_site_serves_a_cloud_that_was_started_again(start: Callable[..., Party
     first.process.wait()
     again = start("cloud", "cloud", "--sites", "1", "--rounds", "1")
     assert again.exit_status(50) == 0, again.text + site.text
-    assert site.exit_status(15) == 0
+    assert site.exit_status(30) == 0
     assert "no longer knows this site" in site.text
     assert "REPLY 1 1 2000000" in again.text
