@@ -273,7 +273,10 @@ class OwnerDatabase(Catalogue):
         """Store rows in one transaction, those that are there already left out; one outcome a row."""
         with self.write() as connection:
             known = self._known(connection, rows)
-            last = self._sequences_of(connection, [row["capture"] for row in rows])
+            devices = {row["capture"].device_id for row in rows}
+            indexes = {device: self.blind_index("device", device) for device in devices}
+            stored = self._last_sequences(connection, indexes)
+            last = dict(stored)
             outcomes: list[Receipt | Exception] = []
             fresh: list[dict[str, Any]] = []
             for row in rows:
@@ -284,7 +287,7 @@ class OwnerDatabase(Catalogue):
                     outcomes.append(_used(last[capture.device_id]))
                     continue
                 if not same:
-                    last[capture.device_id] = capture.sequence
+                    last[capture.device_id] = max(capture.sequence, last.get(capture.device_id, -1))
                     fresh.append(row)
                     for index in (row["origin"], row["request"]):
                         if index is not None:
@@ -293,7 +296,8 @@ class OwnerDatabase(Catalogue):
                     continue
                 outcomes.append(self._repeated(connection, capture, same))
             self._insert(connection, fresh)
-            self._remember_sequences(connection, [row["capture"] for row in fresh])
+            used = {device: number for device, number in last.items() if number > stored.get(device, -1)}
+            self._remember_sequences(connection, used, indexes, known=stored)
         return outcomes
 
     def last_sequence(self, device_id: str) -> int | None:
@@ -313,21 +317,18 @@ class OwnerDatabase(Catalogue):
             found[str(content["device"])] = int(content["last"])
         return found
 
-    def _sequences_of(self, connection: Connection, captures: Sequence[Capture]) -> dict[str, int]:
-        devices = {capture.device_id for capture in captures}
-        return self._last_sequences(connection, {name: self.blind_index("device", name) for name in devices})
-
-    def _remember_sequences(self, connection: Connection, captures: Sequence[Capture]) -> None:
-        largest: dict[str, int] = {}
-        for capture in captures:
-            largest[capture.device_id] = max(capture.sequence, largest.get(capture.device_id, -1))
-        indexes = {device: self.blind_index("device", device) for device in largest}
-        known = self._sequences_of(connection, captures)
+    def _remember_sequences(
+        self,
+        connection: Connection,
+        used: Mapping[str, int],
+        indexes: Mapping[str, bytes],
+        known: Mapping[str, int],
+    ) -> None:
+        """Write down the numbers in ``used``, which are above those in ``known`` (what is stored so far)."""
         fresh, changed = [], []
-        for device, index in indexes.items():
-            if largest[device] <= known.get(device, -1):
-                continue
-            content = padded(json.dumps({"device": device, "last": largest[device]}).encode(), 256)
+        for device, last in used.items():
+            index = indexes[device]
+            content = padded(json.dumps({"device": device, "last": last}).encode(), 256)
             sealed = self.seal(content, what="device", place=index.hex())
             if device in known:
                 changed.append({"row": index, "sealed": sealed})
