@@ -130,7 +130,7 @@ class ArchiveHead:
         try:
             fields = json.loads(data)
             found = (fields["format"], fields["version"])
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise ArchiveError("the archive's manifest is damaged", remedy="Fetch the archive again") from exc
         if found != (FORMAT, VERSION):
             raise ArchiveError(
@@ -155,7 +155,7 @@ class ArchiveHead:
             )
             # One and only one serialisation is valid: this also checks names and types of all fields.
             damaged = head.to_bytes() != data
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise ArchiveError("the archive's manifest is damaged", remedy="Fetch the archive again") from exc
         if damaged or not _is_plausible(head):
             raise ArchiveError("the archive's manifest is damaged", remedy="Fetch the archive again")
@@ -199,9 +199,22 @@ class ArchiveDescription:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ArchiveDescription:
-        """Undo :meth:`to_bytes` (of authenticated bytes)."""
-        fields = json.loads(data)
-        return cls(tuple(fields["classes"]), int(fields["majority_class"]))
+        """Undo :meth:`to_bytes` (of authenticated bytes).
+
+        Raises
+        ------
+        ArchiveError
+            Who sealed it did not write a description.
+        """
+        try:
+            fields = json.loads(data)
+            classes, majority = tuple(fields["classes"]), fields["majority_class"]
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise _no_description() from exc
+        named = classes and all(isinstance(name, str) for name in classes)
+        if not named or type(majority) is not int or not 0 <= majority < len(classes):
+            raise _no_description()
+        return cls(classes, majority)
 
 
 def wrap_context(site: str, dataset: str, epoch: int) -> bytes:
@@ -237,6 +250,10 @@ def unpack_index(data: bytes) -> list[IndexEntry]:
             raise ArchiveError("the archive's index names an unknown split", found=split)
         entries.append(IndexEntry(record_id.hex(), SPLITS[split], envelope_bytes, label_bytes, digest))
     return entries
+
+
+def _no_description() -> ArchiveError:
+    return ArchiveError("the archive's description is damaged", remedy="Ask the data owner")
 
 
 def _is_plausible(head: ArchiveHead) -> bool:

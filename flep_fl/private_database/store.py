@@ -193,10 +193,7 @@ class OwnerDatabase(Catalogue):
     def put_many(self, captures: Sequence[Capture]) -> list[Receipt]:
         """Store captures in one transaction: all of them, or none."""
         rows = [self._row_of(capture) for capture in captures]
-        found = self._commit(rows)
-        for outcome in found:
-            if isinstance(outcome, Exception):
-                raise outcome
+        found = self._commit(rows, whole=True)
         return [outcome for outcome in found if isinstance(outcome, Receipt)]
 
     def queue_depth(self) -> tuple[int, int]:
@@ -269,8 +266,11 @@ class OwnerDatabase(Catalogue):
         row = self._sealed_row(target, image, tags, record_id=secrets.token_hex(16))
         return {**row, "capture": capture}
 
-    def _commit(self, rows: Sequence[dict[str, Any]]) -> list[Receipt | Exception]:
-        """Store rows in one transaction, those that are there already left out; one outcome a row."""
+    def _commit(self, rows: Sequence[dict[str, Any]], *, whole: bool = False) -> list[Receipt | Exception]:
+        """Store rows in one transaction, those that are there already left out; one outcome a row.
+
+        Where they are a ``whole``, the first refusal is raised and none is stored.
+        """
         with self.write() as connection:
             known = self._known(connection, rows)
             devices = {row["capture"].device_id for row in rows}
@@ -295,6 +295,9 @@ class OwnerDatabase(Catalogue):
                     outcomes.append(Receipt(row["record_id"], is_new=True))
                     continue
                 outcomes.append(self._repeated(connection, capture, same))
+            for outcome in outcomes:
+                if whole and isinstance(outcome, Exception):
+                    raise outcome
             self._insert(connection, fresh)
             used = {device: number for device, number in last.items() if number > stored.get(device, -1)}
             self._remember_sequences(connection, used, indexes, known=stored)
