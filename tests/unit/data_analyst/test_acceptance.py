@@ -60,6 +60,16 @@ def test_each_model_is_judged_once(tmp_path: Path, score: Scorer) -> None:
     assert score.calls == 2
 
 
+def test_equal_bytes_under_another_name_or_shape_are_another_model(tmp_path: Path) -> None:
+    test = AcceptanceTest(0.1, lambda _model: 0.5, tmp_path / "a.npz")
+    weights = np.array([1.0, 2.0])
+    for model in ({"w": weights}, {"v": weights}, {"v": weights[None]}):
+        kept = test.consider(model, "run")
+        assert [(name, array.shape) for name, array in kept.items()] == [
+            (name, array.shape) for name, array in model.items()
+        ]
+
+
 def test_a_restarted_site_remembers(tmp_path: Path, score: Scorer) -> None:
     test = AcceptanceTest(0.1, score, tmp_path / "a.npz")
     kept(test, 0.8)
