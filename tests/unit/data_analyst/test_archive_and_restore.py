@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from flep_fl.contracts.errors import (
 from flep_fl.contracts.records import SealedRecord
 from flep_fl.data_analyst.restore import restore_split
 from flep_fl.data_analyst.source import LocalArchive, describe, unlock
+from flep_fl.data_owner import release as releasing
 from flep_fl.data_owner.release import seal_archive
 from flep_fl.data_security.keys import CipherParameters, ImageKeyBundle, NoiseParameters
 from flep_fl.data_security.pipeline import ThreeLayerCipher
@@ -293,6 +295,18 @@ def test_resigned_manifest_does_not_match_its_description(world):
     source = world.open(owner_public_key=None)
     with pytest.raises(ArchiveError, match="description"):
         unlock(source, SITE_KEY.private_bytes_raw())
+
+
+def test_an_owner_that_wraps_another_bundle_than_its_manifest_names_is_found(world, monkeypatch):
+    wrap = releasing.wrap_bundle
+    for other in (world.bundle.rotate(), replace(world.bundle, epoch=2)):
+        data = other.to_bytes()
+        monkeypatch.setattr(
+            releasing, "wrap_bundle", lambda _own, key, context, data=data: wrap(data, key, context=context)
+        )
+        world.seal(overwrite=True)
+        with pytest.raises(WrongImageKeyError, match="not the one that its manifest names"):
+            unlock(world.open(), SITE_KEY.private_bytes_raw())
 
 
 def test_corrupt_record_is_named_and_costs_no_other(world):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,9 +15,9 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from owner_world import pixels
+from owner_world import new_identity, pixels
 
-from flep_fl.contracts import archive
+from flep_fl.contracts import archive, owner_api
 from flep_fl.contracts.errors import (
     ConfigError,
     FetchError,
@@ -31,7 +32,7 @@ from flep_fl.data_analyst import fetch as fetching
 from flep_fl.data_analyst import keystore as keystores
 from flep_fl.data_analyst import owner_client
 from flep_fl.data_analyst.keystore import Keystore
-from flep_fl.data_analyst.owner_client import parse_address
+from flep_fl.data_analyst.owner_client import OwnerClient, parse_address
 from flep_fl.data_owner.certificates import TlsFiles, create_authority, issue_certificate, server_context
 from flep_fl.reporting.console import say
 
@@ -125,6 +126,51 @@ def test_an_owner_whose_certificate_does_not_verify_is_named_and_the_cache_is_no
             fetch(ca)
     with pytest.raises(ConfigError, match="cannot be read as certificates"):
         fetch(tmp_path / "none.crt")
+
+
+def asking(answers, slept):
+    """A client whose requests get these answers, in turn; gives it and the requests."""
+    requests = []
+
+    def answer(request):
+        requests.append(request)
+        return answers.pop(0)
+
+    client = OwnerClient(parse_address("http://127.0.0.1:1"), new_identity(), sleep=slept.append)
+    client._http = httpx.Client(transport=httpx.MockTransport(answer))
+    client._audience = bytes(32)
+    return client, requests
+
+
+def test_a_busy_owner_is_asked_again_when_it_says_and_never_by_the_same_request():
+    busy = [(429, {"retry-after": "3"}), (503, {"retry-after": "999"}), (502, {"retry-after": "soon"})]
+    answers = [httpx.Response(status, headers=headers) for status, headers in busy]
+    slept = []
+    client, requests = asking([*answers, httpx.Response(200, content=b'{"grants": []}')], slept)
+    assert client.grants() == []
+    # The owner's wish (at most ten seconds), and a pause that grows.
+    assert slept[0] == 3.0 and slept[2] == 10.0 and len(slept) == 5
+    assert len({request.headers["signature-input"] for request in requests}) == 4
+    client, requests = asking([httpx.Response(404, content=b"{}")], slept)
+    with pytest.raises(FetchError, match="refused"):
+        client.grants()
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("cursor", ["x", "-1", "1" * 20, "1.0", "\u00b2"])
+def test_a_cursor_that_is_no_number_is_named(cursor):
+    headers = [(owner_api.CURSOR_HEADER.encode(), cursor.encode("latin-1"))]
+    client, _ = asking([httpx.Response(200, headers=headers, content=b"")], [])
+    with pytest.raises(FetchError, match="cursor that is no number"):
+        client.index("1" * 32, "2" * 32, 0, 10)
+
+
+def test_no_proxy_of_the_environment_stands_between(world, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    (fetched,) = world.fetch()
+    assert fetched.downloaded == 20
 
 
 def test_records_that_never_come_are_given_up(world):
@@ -400,6 +446,22 @@ def test_what_fails_within_a_change_of_the_keystore_undoes_all_of_it(world, monk
     assert world.keystore.held(owner, dataset).document == fetched.document
     world.keystore.forget(owner, dataset)
     assert world.keystore.grants(expired=True) == [] and len(world.keystore._all("seen")) == 1
+
+
+def test_no_build_of_sqlite_makes_the_keystore_less_safe(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+
+    def careless(*given, **settings):
+        made = connect(*given, **settings)
+        for pragma in ("secure_delete=OFF", "synchronous=OFF", "journal_mode=MEMORY"):
+            made.execute(f"PRAGMA {pragma}")
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", careless)
+    with Keystore(tmp_path / "k.db", key_file=tmp_path / "k.key") as opened:
+        pragmas = ("secure_delete", "synchronous", "journal_mode")
+        found = [opened._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas]
+    assert found == [1, 2, "delete"]  # 2 is FULL: a change is on the disk
 
 
 def test_a_secret_is_made_once(tmp_path):

@@ -505,6 +505,18 @@ def test_a_log_of_a_former_database_is_not_played_into_a_restored_one(tmp_path, 
     assert (tmp_path / f"new.db{log}").read_bytes() == b"of another file"
 
 
+def test_a_backup_holds_corrupt_records_as_they_are_and_names_them(tmp_path):
+    key = secrets.token_bytes(32)
+    with OwnerDatabase.create(tmp_path / "owner.db", key) as database:
+        add_everything(database)
+        victim = next(iter(database.records())).record_id
+        with contextlib.closing(sqlite3.connect(database.path)) as raw, raw:
+            raw.execute("UPDATE records SET sealed_tags = x'00' WHERE record_id = ?", (victim,))
+        report = backups.backup(database, key, tmp_path / "copy.backup")
+    assert report.records == 6 and len(report.corrupt) == 1 and victim in report.corrupt[0]
+    assert backups.restore(tmp_path / "copy.backup", tmp_path / "new.db", key) == report
+
+
 def test_a_backup_is_not_put_beside_the_log_of_another(tmp_path):
     key = secrets.token_bytes(32)
     (tmp_path / "copy.backup-wal").write_bytes(b"of another file")

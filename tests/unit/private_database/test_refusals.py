@@ -23,7 +23,7 @@ from flep_fl.contracts.errors import (
     UnknownDatasetError,
 )
 from flep_fl.contracts.owner_records import Capture
-from flep_fl.private_database import checks
+from flep_fl.private_database import checks, engine
 from flep_fl.private_database.access import log_releases, releases
 from flep_fl.private_database.retention import expire
 from flep_fl.private_database.rotation import rotate_owner_key
@@ -208,3 +208,45 @@ def test_a_retention_that_is_none_destroys_nothing(database, age):
     with pytest.raises(ConfigError, match="out of range"):
         expire(database, age)
     assert database.count() == 1
+
+
+def test_retention_is_for_one_data_set_and_does_not_stop_at_corrupt_records(database):
+    wall = [1e9]
+    database.clock._wall = lambda: wall[0]
+    database.clock.accept()
+    database.add_dataset("plates", ("x",))
+    ids = [database.put(capture(i)).record_id for i in range(3)]
+    other = database.put(capture(9, "plates")).record_id
+    change(database, f"UPDATE records SET sealed_tags = x'00' WHERE record_id = '{ids[1]}'")
+    wall[0] += 2 * DAY
+    found = expire(database, DAY, dataset="cells")
+    assert (found.destroyed, found.kept) == (2, 1)
+    assert database.get(other).label == 0 and database.count() == 2
+
+
+def test_the_latest_time_is_that_of_all_processes(database):
+    walls = {"mine": 1e9, "other": 1e9 + DAY}
+    database.clock._wall = lambda: walls["mine"]
+    database.clock.accept()
+    with OwnerDatabase(database.path, KEY) as other:
+        other.clock._wall = lambda: walls["other"]
+        assert other.clock.now() == 1e9 + DAY
+    walls["mine"] += 3600
+    assert database.clock.now() == 1e9 + 3600  # it writes its time, but not over a later one
+    with OwnerDatabase(database.path, KEY) as again:
+        again.clock._wall = lambda: 0.0
+        assert again.clock.now() == 1e9 + DAY
+
+
+def test_asking_for_the_time_within_a_transaction_does_not_wait_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_BUSY_SECONDS", 1)
+    with OwnerDatabase.create(tmp_path / "o.db", KEY) as database:
+        database.clock._wall = lambda: 1e9
+        database.clock.accept()
+        database.clock._wall = lambda: 1e9 + DAY
+        with database.write():
+            assert database.clock.now() == 1e9 + DAY
+        assert database.clock.now() == 1e9 + DAY
+    with OwnerDatabase(tmp_path / "o.db", KEY) as again:
+        again.clock._wall = lambda: 0.0
+        assert again.clock.now() == 1e9 + DAY

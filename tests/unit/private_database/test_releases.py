@@ -20,13 +20,14 @@ from flep_fl.contracts.errors import (
     GrantExpiredError,
     GrantRevokedError,
     NotReleasedError,
+    RecordError,
     ReleaseChangedError,
     UnknownGrantError,
 )
 from flep_fl.contracts.grants import GrantDocument
 from flep_fl.contracts.owner_records import Analyst, Capture
 from flep_fl.data_security.keys import ImageKeyBundle, NoiseParameters
-from flep_fl.data_security.labels import open_label
+from flep_fl.data_security.labels import open_blob, open_label
 from flep_fl.data_security.presets import build_cipher, get_preset
 from flep_fl.data_security.wrapping import unwrap_bundle
 from flep_fl.private_database.access import releases
@@ -143,13 +144,15 @@ def test_a_granted_analyst_gets_exactly_what_the_manifest_says(owner, ann):
         assert open_label(bundle, record.record_id, entry.split, record.sealed_label) == stored.label
 
 
-def test_records_are_encrypted_once_and_everybody_gets_the_same(owner, ann):
+def test_records_are_encrypted_once_and_everybody_gets_the_same(owner, ann, monkeypatch):
     owner.book.release()
     bob = Person("bob")
     first, second = owner.grant(ann), owner.grant(bob)
     release_id = owner.book.open_grant(first.grant_id, ann.verify_key).release_id
     assert owner.pages(first, ann, release_id) == owner.pages(second, bob, release_id)
-    again = owner.book.release()
+    with monkeypatch.context() as patched:
+        patched.setattr(ReleaseBook, "_encrypted", lambda *_given: 1 / 0)
+        again = owner.book.release()
     assert (again.encrypted, again.release_id) == (0, release_id)
     owner.fill(5, start=100)
     more = owner.book.release()
@@ -193,6 +196,8 @@ def test_revocation_stops_records_at_once_and_begins_a_new_epoch(owner, ann):
     with pytest.raises(NotReleasedError):
         owner.book.open_grant(standing.grant_id, bob.verify_key)
     assert owner.book.grants_of(ann.verify_key) == []
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:
+        assert raw.execute("SELECT DISTINCT epoch, stale FROM snapshots").fetchall() == [(1, 1)]
     released = owner.book.release()
     assert (released.epoch, released.encrypted) == (2, 20)
     fresh = owner.book.open_grant(standing.grant_id, bob.verify_key)
@@ -280,7 +285,13 @@ def test_a_release_of_another_epoch_is_not_served(owner, ann):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"not_after": 1.0}, {"not_after": float("nan")}, {"share": (2, 2)}, {"share": (0, 0)}],
+    [
+        {"not_after": 1.0},
+        {"not_after": 1e12},
+        {"not_after": float("nan")},
+        {"share": (2, 2)},
+        {"share": (0, 0)},
+    ],
 )
 def test_unusable_grants_are_refused(owner, ann, settings):
     with pytest.raises(GrantError):
@@ -495,6 +506,92 @@ def test_colour_and_16_bit_images_are_released(tmp_path, ann):
         np.testing.assert_array_equal(stored[i], picture)
         assert stored[i].dtype == picture.dtype
     owner.database.close()
+
+
+def test_pages_have_at_least_one_entry_and_at_most_so_many(owner, ann, monkeypatch):
+    owner.book.release()
+    grant = owner.grant(ann)
+    release_id = owner.book.open_grant(grant.grant_id, ann.verify_key).release_id
+    monkeypatch.setattr("flep_fl.private_database.releases.MAX_INDEX_LIMIT", 3)
+    monkeypatch.setattr("flep_fl.private_database.releases.MAX_RECORD_LIMIT", 3)
+    for limit, expected in ((0, 1), (-5, 1), (2, 2), (1 << 40, 3)):
+        asked = {"release_id": release_id, "cursor": 4, "limit": limit}
+        index = owner.book.index_page(grant.grant_id, ann.verify_key, **asked)
+        page = owner.book.record_page(grant.grant_id, ann.verify_key, **asked)
+        assert len(archive.unpack_index(index.entries)) == len(page.records) == expected
+        assert index.cursor == page.cursor == 4 + expected
+
+
+def test_everything_works_in_small_steps(owner, ann, monkeypatch):
+    monkeypatch.setattr("flep_fl.private_database.releases._CHUNK", 3)
+    monkeypatch.setattr("flep_fl.private_database.releases._SUMMARIES", 2)
+    assert owner.book.release().records == 20
+    for index in range(3):
+        grant = owner.grant(ann, share=(index, 3))
+        opened = owner.book.open_grant(grant.grant_id, ann.verify_key)
+        entries = owner.entries(grant, ann, opened.release_id)
+        head = archive.ArchiveHead.from_bytes(opened.manifest)
+        assert hashlib.sha256(entries).hexdigest() == head.index_sha256
+    assert len(owner.book._summaries) == 2
+    revoke_grant(owner.database, grant.grant_id)
+    assert owner.book.release().encrypted == 20
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw:
+        assert raw.execute("SELECT epoch, count(*) FROM released GROUP BY epoch").fetchall() == [(2, 20)]
+
+
+def test_data_sets_do_not_mix(owner, ann):
+    owner.database.add_dataset("other", ("a", "b"), bundle=new_bundle())
+    for i in range(30):  # of the class that is the rarer one in the first data set
+        owner.database.put(Capture("other", "cam", i, np.full((4, 4), i, np.uint8), label=1, split="train"))
+    assert owner.book.release("cells").records == 20
+    assert owner.book.release("other").records == 30
+    first = owner.grant(ann)
+    second = create_grant(owner.database, dataset="other", analyst=ann.analyst, not_after=FAR)
+    for grant, majority, count in ((first, 0, 20), (second, 1, 30)):
+        opened = owner.book.open_grant(grant.grant_id, ann.verify_key)
+        head = archive.ArchiveHead.from_bytes(opened.manifest)
+        bundle = owner.database.bundle(grant.dataset, 1)
+        described = archive.ArchiveDescription.from_bytes(
+            open_blob(bundle, head.purpose(), head.sealed_description)
+        )
+        assert described.majority_class == majority
+        records = owner.pages(grant, ann, opened.release_id)
+        assert len(records) == count == head.manifest.train + head.manifest.test
+    assert list_grants(owner.database, dataset="other") == [second]
+    assert list_grants(owner.database) == [first, second]
+
+
+def test_a_release_is_new_where_its_description_is(owner, ann):
+    owner.book.release()
+    grant = owner.grant(ann)
+    # The most frequent class is that of the training records: 9 of 15 stay of class 0 here, and 9 of all 20.
+    tags = owner.database.tags()
+    first = next(one for one in tags if one.split == "train" and one.label == 0)
+    owner.database.set_labels({one.record_id: 1 for one in tags if one.split == "test" or one is first})
+    assert owner.book.release().number == 1
+    owner.database.set_labels({one.record_id: 1 for one in tags})
+    changed = owner.book.release()
+    assert (changed.number, changed.encrypted) == (2, 0)
+    assert owner.book.open_grant(grant.grant_id, ann.verify_key).release_id == changed.release_id
+
+
+def test_a_cached_record_that_is_corrupt_is_named(owner, ann):
+    owner.book.release()
+    grant = owner.grant(ann)
+    release_id = owner.book.open_grant(grant.grant_id, ann.verify_key).release_id
+    with contextlib.closing(sqlite3.connect(owner.database.path)) as raw, raw:
+        raw.execute("UPDATE released SET sealed_parts = x'00' WHERE position = 3")
+        (name,) = raw.execute(
+            "SELECT record_id FROM released JOIN records USING (seq) WHERE position = 3"
+        ).fetchone()
+    with pytest.raises(RecordError, match=name):
+        owner.pages(grant, ann, release_id)
+
+
+def test_a_grant_that_is_not_there_is_not_revoked(owner):
+    with pytest.raises(UnknownGrantError, match="no such grant"):
+        revoke_grant(owner.database, "0" * 32)
+    assert owner.database.dataset().epoch == 1
 
 
 def test_a_data_set_without_a_bundle_is_not_released(tmp_path):

@@ -182,6 +182,22 @@ def test_keys_are_derived_with_hkdf_under_the_databases_salt():
     )
 
 
+def test_no_build_of_sqlite_makes_the_database_less_safe(tmp_path, monkeypatch):
+    connect = sqlite3.dbapi2.connect
+
+    def careless(*given, **settings):
+        made = connect(*given, **settings)
+        for pragma in ("secure_delete", "synchronous", "foreign_keys"):
+            made.execute(f"PRAGMA {pragma}=OFF")
+        return made
+
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", careless)
+    with OwnerDatabase.create(tmp_path / "o.db", KEY) as opened, opened.database.read() as connection:
+        pragmas = ("secure_delete", "synchronous", "foreign_keys", "journal_mode")
+        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
+        assert found == [1, 2, 1, "wal"]  # 2 is FULL: a commit is on the disk
+
+
 def test_truncated_blob_is_a_record_error(database):
     (record_id,) = database.ingest(images(1), [0], ["train"])
     with sqlite3.connect(database.path) as raw:

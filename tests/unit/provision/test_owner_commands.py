@@ -6,16 +6,25 @@ import json
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from gateways import DATASET, IMAGE, ROOT, events, new_home
+from gateways import DATASET, IMAGE, ROOT, Camera, events, new_home
 from omegaconf import OmegaConf
 
-from flep_fl.contracts.errors import AuditError, ConfigError, NotReleasedError, OwnerHomeError
+from flep_fl.contracts.errors import (
+    AuditError,
+    ConfigError,
+    GatewayError,
+    KitError,
+    NotReleasedError,
+    OwnerHomeError,
+)
 from flep_fl.data_owner.audit import LOG_NAME
+from flep_fl.data_owner.enrolment import Approval
 from flep_fl.private_database.store import OwnerDatabase
 from flep_fl.provision import owner_audit, owner_devices, owner_gateway, owner_measure, owner_store
 from flep_fl.provision.owner_config import OwnerConfig, to_owner_config
@@ -77,6 +86,43 @@ def test_the_databases_key_is_not_changed_under_a_gateway_that_serves(tmp_path: 
         assert home.database_key() == key
     owner_store.run_rekey(config(home.folder))
     assert home.database_key() != key
+
+
+def test_while_a_gateway_serves_devices_are_its_business_alone(tmp_path: Path) -> None:
+    home = new_home(tmp_path / "owner")
+    before = home.devices.read_bytes() if home.devices.exists() else b""
+    approval = Approval.from_bytes(Camera().statement(home))
+    with home.exclusive("serves"):
+        for ask in (
+            lambda: owner_devices._hand_in(config(home.folder), home, approval),
+            lambda: owner_devices.run_devices(config(home.folder)),
+        ):
+            with pytest.raises(GatewayError, match="does not answer"):
+                ask()
+    assert (home.devices.read_bytes() if home.devices.exists() else b"") == before
+    owner_devices._hand_in(config(home.folder), home, approval)
+    assert home.devices.read_bytes() != before
+
+
+def test_a_grant_ends_with_the_day_or_at_the_time_that_is_named() -> None:
+    assert owner_store._until("2027-12-31") == datetime(2027, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+    for text in ("2027-12-31T10:00:00", "2027-12-31 12:00:00+02:00"):
+        assert owner_store._until(text) == datetime(2027, 12, 31, 10, tzinfo=UTC).timestamp()
+    with pytest.raises(ConfigError, match="until=soon is not a date"):
+        owner_store._until("soon")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"sites": {}}', '{"sites": {"a": {"verify_key": "zz"}}}'])
+def test_a_kit_that_does_not_name_the_analyst_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "kit.json").write_text(content)
+    with pytest.raises(KitError, match="names no site a"):
+        owner_store._analyst(config(tmp_path, analyst="a", kit=str(tmp_path)))
+
+
+def test_an_analysts_keys_are_hexadecimal(tmp_path: Path) -> None:
+    for keys in ({"verify_key": "zz", "encryption_key": "00"}, {"verify_key": "00", "encryption_key": "0"}):
+        with pytest.raises(ConfigError, match="hexadecimal"):
+            owner_store._analyst(config(tmp_path, analyst="a", **keys))
 
 
 def test_a_log_that_was_tampered_with_ends_in_an_error(
