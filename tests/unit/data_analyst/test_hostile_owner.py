@@ -128,6 +128,11 @@ def test_an_owner_whose_certificate_does_not_verify_is_named_and_the_cache_is_no
         fetch(tmp_path / "none.crt")
 
 
+def answered(status, content=b"", headers=()):
+    # A stream, as from a socket; ``content=`` would count as read already.
+    return httpx.Response(status, headers=headers, stream=httpx.ByteStream(content))
+
+
 def asking(answers, slept):
     """A client whose requests get these answers, in turn; gives it and the requests."""
     requests = []
@@ -144,14 +149,14 @@ def asking(answers, slept):
 
 def test_a_busy_owner_is_asked_again_when_it_says_and_never_by_the_same_request():
     busy = [(429, {"retry-after": "3"}), (503, {"retry-after": "999"}), (502, {"retry-after": "soon"})]
-    answers = [httpx.Response(status, headers=headers) for status, headers in busy]
+    answers = [answered(status, headers=headers) for status, headers in busy]
     slept = []
-    client, requests = asking([*answers, httpx.Response(200, content=b'{"grants": []}')], slept)
+    client, requests = asking([*answers, answered(200, b'{"grants": []}')], slept)
     assert client.grants() == []
     # The owner's wish (at most ten seconds), and a pause that grows.
     assert slept[0] == 3.0 and slept[2] == 10.0 and len(slept) == 5
     assert len({request.headers["signature-input"] for request in requests}) == 4
-    client, requests = asking([httpx.Response(404, content=b"{}")], slept)
+    client, requests = asking([answered(404, b"{}")], slept)
     with pytest.raises(FetchError, match="refused"):
         client.grants()
     assert len(requests) == 1
@@ -160,7 +165,7 @@ def test_a_busy_owner_is_asked_again_when_it_says_and_never_by_the_same_request(
 @pytest.mark.parametrize("cursor", ["x", "-1", "1" * 20, "1.0", "\u00b2"])
 def test_a_cursor_that_is_no_number_is_named(cursor):
     headers = [(owner_api.CURSOR_HEADER.encode(), cursor.encode("latin-1"))]
-    client, _ = asking([httpx.Response(200, headers=headers, content=b"")], [])
+    client, _ = asking([answered(200, headers=headers)], [])
     with pytest.raises(FetchError, match="cursor that is no number"):
         client.index("1" * 32, "2" * 32, 0, 10)
 
