@@ -53,7 +53,22 @@ from flep_fl.private_database.writer import GroupWriter
 _BATCH = 32  # records in memory at once
 _CHUNK = 500  # rows, or values in one IN list
 _UNIFORM = 1 << 32
+# What a group commit says again and again is built once: building a statement takes longer than SQLite's answer.
 _SET_SEQUENCE = update(schema.devices).where(schema.devices.c.device_index == bindparam("row"))
+_ADD_SEQUENCE = insert(schema.devices)
+_SEQUENCES = select(schema.devices.c.device_index, schema.devices.c.sealed).where(
+    schema.devices.c.device_index.in_(bindparam("values", expanding=True))
+)
+_KNOWN = {
+    column.name: select(column, schema.records.c.record_id).where(
+        column.in_(bindparam("values", expanding=True))
+    )
+    for column in (schema.records.c.origin, schema.records.c.request)
+}
+_NUMBERS = select(schema.records.c.record_id, schema.records.c.seq).where(
+    schema.records.c.record_id.in_(bindparam("values", expanding=True))
+)
+_ADD_RECORD, _ADD_IMAGE = insert(schema.records), insert(schema.images)
 
 
 class OwnerDatabase(Catalogue):
@@ -310,12 +325,8 @@ class OwnerDatabase(Catalogue):
             return self._last_sequences(connection, {device_id: index}).get(device_id)
 
     def _last_sequences(self, connection: Connection, indexes: Mapping[str, bytes]) -> dict[str, int]:
-        columns = schema.devices.c
-        query = select(columns.device_index, columns.sealed).where(
-            columns.device_index.in_(list(indexes.values()))
-        )
         found = {}
-        for row in connection.execute(query):
+        for row in connection.execute(_SEQUENCES, {"values": list(indexes.values())}):
             content = json.loads(self.unseal(row.sealed, what="device", place=row.device_index.hex()))
             found[str(content["device"])] = int(content["last"])
         return found
@@ -338,7 +349,7 @@ class OwnerDatabase(Catalogue):
             else:
                 fresh.append({"device_index": index, "sealed": sealed})
         if fresh:
-            connection.execute(insert(schema.devices), fresh)
+            connection.execute(_ADD_SEQUENCE, fresh)
         if changed:
             connection.execute(_SET_SEQUENCE, changed)
 
@@ -346,13 +357,12 @@ class OwnerDatabase(Catalogue):
         self, connection: Connection, rows: Sequence[dict[str, Any]]
     ) -> dict[bytes, tuple[Capture | None, str]]:
         """Find which of the rows' keyed hashes are stored: hash -> (capture if in this batch, record id)."""
-        columns = schema.records.c
         known: dict[bytes, tuple[Capture | None, str]] = {}
-        for column, name in ((columns.origin, "origin"), (columns.request, "request")):
+        for name, query in _KNOWN.items():
             values = [row[name] for row in rows if row[name] is not None]
             for start in range(0, len(values), _CHUNK):
-                query = select(column, columns.record_id).where(column.in_(values[start : start + _CHUNK]))
-                known |= {row[0]: (None, row[1]) for row in connection.execute(query)}
+                found = connection.execute(query, {"values": values[start : start + _CHUNK]})
+                known |= {row[0]: (None, row[1]) for row in found}
         return known
 
     def _repeated(
@@ -412,21 +422,18 @@ class OwnerDatabase(Catalogue):
     def _insert(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
         if not rows:
             return
-        table = schema.records
         columns = ("record_id", "dataset_id", "origin", "request", "wrapped_key", "sealed_tags")
         try:
-            connection.execute(insert(table), [{name: row[name] for name in columns} for row in rows])
+            connection.execute(_ADD_RECORD, [{name: row[name] for name in columns} for row in rows])
         except IntegrityError as exc:  # pragma: no cover - writers are serialised
             raise DatabaseError("a record is stored already") from exc
         ids = [row["record_id"] for row in rows]
         seqs: dict[str, int] = {}
         for start in range(0, len(ids), _CHUNK):
-            query = select(table.c.record_id, table.c.seq).where(
-                table.c.record_id.in_(ids[start : start + _CHUNK])
-            )
-            seqs |= {row[0]: row[1] for row in connection.execute(query)}
+            found = connection.execute(_NUMBERS, {"values": ids[start : start + _CHUNK]})
+            seqs |= {row[0]: row[1] for row in found}
         connection.execute(
-            insert(schema.images),
+            _ADD_IMAGE,
             [{"seq": seqs[row["record_id"]], "sealed_image": row["sealed_image"]} for row in rows],
         )
 

@@ -30,6 +30,7 @@ from flep_fl.private_database.sealing import (
 )
 
 _DESCRIPTION_BYTES = 1024  # sealed descriptions are padded to a multiple of this
+_SALT = select(schema.meta.c.salt)
 
 
 class Vault:
@@ -126,7 +127,7 @@ class Vault:
             with self.database.read() as reader:
                 self.require_same_key(reader)
             return
-        if connection.execute(select(schema.meta.c.salt)).scalar() != self._salt:
+        if connection.execute(_SALT).scalar() != self._salt:
             raise DatabaseError(
                 f"the owner's key to the private database was changed: {self.database.name}",
                 remedy="Start again with the new key",
