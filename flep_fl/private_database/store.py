@@ -53,7 +53,7 @@ from flep_fl.private_database.writer import GroupWriter
 _BATCH = 32  # records in memory at once
 _CHUNK = 500  # rows, or values in one IN list
 _UNIFORM = 1 << 32
-# What a group commit says again and again is built once: building a statement takes longer than SQLite's answer.
+# What a group commit says again and again is built once: that takes longer than SQLite takes to answer.
 _SET_SEQUENCE = update(schema.devices).where(schema.devices.c.device_index == bindparam("row"))
 _ADD_SEQUENCE = insert(schema.devices)
 _SEQUENCES = select(schema.devices.c.device_index, schema.devices.c.sealed).where(

@@ -16,7 +16,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from uvicorn.config import Config
@@ -30,6 +30,8 @@ from flep_fl.data_owner.gateway.refusals import Refusal
 MAX_HEAD_BYTES = 16384
 HEADER_OVERHEAD = 32
 """What a header counts beyond its bytes, as in HTTP/2: many small ones cost memory, too."""
+SMALL_WRITE = 4096
+"""Bytes; what is longer is sent at once."""
 SHUTDOWN_SECONDS = 10
 _ACCEPT_PAUSE = 0.05
 
@@ -99,6 +101,46 @@ class Doorkeeper:
         return True
 
 
+class JoinedWrites:
+    """A transport that sends an answer's head together with its body: one TLS record, one waking of the peer.
+
+    uvicorn writes the two apart. What is small waits for the next write, but only for this turn of the loop.
+
+    Parameters
+    ----------
+    transport
+        What is written to; everything but writing and closing is its own.
+    loop
+        The transport's loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send ``data``, after what is held; alone and small, it is held."""
+        if not self._held and len(data) <= SMALL_WRITE:
+            self._held = data
+            self._loop.call_soon(self._flush)
+            return
+        held, self._held = self._held, b""
+        self._transport.write(held + data)
+
+    def close(self) -> None:
+        """Send what is held, then close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, b""
+        if held and not self._transport.is_closing():
+            self._transport.write(held)
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol with deadlines."""
 
@@ -118,7 +160,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Begin; the first request's head is due."""
         self.connected = True
         self.logger = _logger
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, JoinedWrites(transport, self.loop)))
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
