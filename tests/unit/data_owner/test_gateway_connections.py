@@ -34,6 +34,9 @@ class Loop:
         self.timers.append(Timer(self.now + seconds, call))
         return self.timers[-1]
 
+    def call_soon(self, call: Callable[[], Any]) -> Timer:
+        return self.call_later(0.0, call)
+
     def create_task(self, work: Any) -> Any:
         work.close()
 
