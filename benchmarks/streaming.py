@@ -261,8 +261,11 @@ def serve(
     def watch() -> None:
         while not done.wait(0.1):
             for child in Path("/proc/self/task").glob("*/children"):
-                for pid in child.read_text().split():
-                    peaks["superlink_mb"] = max(peaks["superlink_mb"], peak_megabytes(pid))
+                try:
+                    found = [peak_megabytes(pid) for pid in child.read_text().split()]
+                except OSError:  # a thread, or a child, has ended
+                    continue
+                peaks["superlink_mb"] = max([peaks["superlink_mb"], *found])
             size = 0
             for file in [*(home / "objects").glob("*"), *home.glob("flower.db*")]:
                 try:
