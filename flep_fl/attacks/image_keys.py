@@ -13,13 +13,14 @@ import numpy as np
 from flep_fl.attacks.pictures import Row
 from flep_fl.attacks.report import Outcome
 from flep_fl.attacks.settings import BruteForce, StolenBundle
-from flep_fl.attacks.similarity import psnr, ssim
+from flep_fl.attacks.similarity import ssim
 from flep_fl.attacks.stolen_archive import StolenArchive, make_owner
 from flep_fl.attacks.victims import cipher_configuration, victim_images
 from flep_fl.config import Config
 from flep_fl.contracts.errors import ConfigError, FlepError
 from flep_fl.data_security.envelope import parse_header
 from flep_fl.data_security.keys import ImageKeyBundle
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.presets import build_cipher
 from flep_fl.data_security.restoring import decrypt_images
 

@@ -17,10 +17,11 @@ from flep_fl.attacks.blocks import moved_blocks
 from flep_fl.attacks.pictures import Row
 from flep_fl.attacks.report import Outcome
 from flep_fl.attacks.settings import Jigsaw
-from flep_fl.attacks.similarity import psnr, ssim
+from flep_fl.attacks.similarity import ssim
 from flep_fl.attacks.stolen_archive import make_owner
 from flep_fl.attacks.victims import cipher_configuration, victim_images
 from flep_fl.config import Config
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.scramble import spiral_positions
 
 Blocks = NDArray[np.float64]

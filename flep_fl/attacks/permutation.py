@@ -20,10 +20,11 @@ from flep_fl.attacks.blocks import moved_blocks, original_blocks, put_back
 from flep_fl.attacks.pictures import Row
 from flep_fl.attacks.report import Outcome
 from flep_fl.attacks.settings import ChosenPlaintext, KnownPlaintext
-from flep_fl.attacks.similarity import psnr, ssim
+from flep_fl.attacks.similarity import ssim
 from flep_fl.attacks.stolen_archive import GreyImage, image_of, make_owner
 from flep_fl.attacks.victims import cipher_configuration, recognisable, victim_images
 from flep_fl.config import Config
+from flep_fl.data_security.metrics import psnr
 
 
 def chosen_images(shape: tuple[int, int], side: int, levels: int) -> list[GreyImage]:

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from flep_fl.attacks.pictures import Row
 from flep_fl.attacks.report import Outcome
 from flep_fl.attacks.settings import Averaging, ImageDifference
-from flep_fl.attacks.similarity import psnr, ssim
+from flep_fl.attacks.similarity import ssim
 from flep_fl.attacks.stolen_archive import SITE, image_of, make_owner, wire_levels
 from flep_fl.attacks.victims import cipher_configuration, recognisable, victim_images
 from flep_fl.config import Config
 from flep_fl.contracts.archive import SPLITS
 from flep_fl.contracts.errors import ConfigError
 from flep_fl.data_analyst.source import LocalArchive, unlock
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.presets import build_cipher
 from flep_fl.data_security.restoring import decrypt_images
 from flep_fl.provision.owner import image_denoiser

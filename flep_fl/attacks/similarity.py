@@ -9,17 +9,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from flep_fl.data_security.metrics import psnr
+
 PEAK = 255.0
 _K1, _K2 = 0.01, 0.03
 _WINDOW = 7
 
 Grey = NDArray[np.floating] | NDArray[np.uint8]
-
-
-def psnr(truth: Grey, guess: Grey) -> float:
-    """Peak signal-to-noise ratio in dB, peak 255; infinite where both are equal."""
-    error = float(np.mean((np.asarray(truth, np.float64) - np.asarray(guess, np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(PEAK**2 / error)
 
 
 def ssim(truth: Grey, guess: Grey) -> float:

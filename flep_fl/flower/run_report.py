@@ -95,19 +95,9 @@ def load_sample(config: Config) -> Sample:
     FlepError
         As :func:`flep_fl.data_owner.sources.load_source`.
     """
-    from flep_fl.data_owner.sources import load_source
-    from flep_fl.provision.owner import sample_of
+    from flep_fl.provision.owner import configured_images, sample_of
 
-    data = config.data
-    source = load_source(
-        data.name,
-        path=Path(data.path) if data.path else None,
-        image_size=data.image_size,
-        limit=data.limit,
-        seed=config.seed,
-        mode=data.mode,
-    )
-    return sample_of(source)
+    return sample_of(configured_images(config))
 
 
 def write_cloud_report(out: Path, config: Config, results: dict[str, Any], shared: dict[str, Any]) -> None:

@@ -70,6 +70,25 @@ class Release:
     sample: Sample
 
 
+def configured_images(config: Config) -> OwnerImages:
+    """Return the images that ``data`` and ``seed`` of a configuration name.
+
+    Raises
+    ------
+    FlepError
+        As :func:`flep_fl.data_owner.sources.load_source`.
+    """
+    data = config.data
+    return load_source(
+        data.name,
+        path=Path(data.path) if data.path else None,
+        image_size=data.image_size,
+        limit=data.limit,
+        seed=config.seed,
+        mode=data.mode,
+    )
+
+
 def release_data_set(
     config: Config,
     kit: OwnerKit,
@@ -104,14 +123,7 @@ def release_data_set(
         raise ArchiveError(
             f"{out} already holds {', '.join(taken)}", remedy="Choose another out= or remove them yourself"
         )
-    source = load_source(
-        data.name,
-        path=Path(data.path) if data.path else None,
-        image_size=data.image_size,
-        limit=data.limit,
-        seed=config.seed,
-        mode=data.mode,
-    )
+    source = configured_images(config)
     bundle = ImageKeyBundle.generate(
         cipher_parameters(config),
         noise_parameters(config),

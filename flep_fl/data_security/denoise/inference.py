@@ -13,6 +13,7 @@ from flep_fl.contracts.errors import ConfigError, ImageFormatError
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
 from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.noise import TABLE_SIZE, real_table
 
 FloatImages = NDArray[np.float32]
@@ -146,12 +147,6 @@ def check_images(images: FloatImages) -> None:
         raise ImageFormatError("The denoiser got an image without pixels", found=str(images.shape))
     if not np.isfinite(images).all():
         raise ImageFormatError("The denoiser got values that are not finite", expected="finite values")
-
-
-def psnr(clean: NDArray[np.generic], image: NDArray[np.generic]) -> float:
-    """Peak signal-to-noise ratio in dB for a peak of 255, not clipped."""
-    error = np.mean((clean.astype(np.float64) - image.astype(np.float64)) ** 2)
-    return float(10.0 * np.log10(255.0**2 / error)) if error else float("inf")
 
 
 def mean_psnr(

@@ -21,10 +21,11 @@ from flep_fl.attacks.pictures import Row
 from flep_fl.attacks.poisoning import scaling
 from flep_fl.attacks.report import Outcome, ThreatModel, write_outcome
 from flep_fl.attacks.settings import ATTACKS, MembershipInference, read_settings
-from flep_fl.attacks.similarity import batch_scores, matched, psnr, ssim
+from flep_fl.attacks.similarity import batch_scores, matched, ssim
 from flep_fl.attacks.table import BEGIN, END, FIGURES, read_results, replace_table, table
 from flep_fl.config import CONFIG_DIR
 from flep_fl.contracts.errors import ConfigError, DataError
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.scramble import scramble
 from flep_fl.flower.runtime.wire import set_task_identity
 

@@ -10,9 +10,9 @@ from skimage import data as samples
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.data_security.denoise.families import denoiser_for
-from flep_fl.data_security.denoise.inference import psnr
 from flep_fl.data_security.denoise.zoo import identity, load_denoiser
 from flep_fl.data_security.keys import ImageKeyBundle
+from flep_fl.data_security.metrics import psnr
 from flep_fl.data_security.parameters import CipherParameters, NoiseParameters
 from flep_fl.data_security.pipeline import ThreeLayerCipher, restore
 from flep_fl.data_security.presets import get_preset

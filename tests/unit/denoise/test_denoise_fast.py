@@ -14,11 +14,12 @@ from sklearn.datasets import load_sample_image
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
-from flep_fl.data_security.denoise.inference import network_denoiser, psnr
+from flep_fl.data_security.denoise.inference import network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
 from flep_fl.data_security.denoise.settings import TrainSettings
 from flep_fl.data_security.denoise.train import train_denoiser, with_condition
 from flep_fl.data_security.denoise.zoo import load_denoiser
+from flep_fl.data_security.metrics import psnr
 
 
 def _fast() -> DnCNN:

@@ -8,8 +8,9 @@ import torch
 
 from flep_fl.contracts.errors import ConfigError, ImageFormatError
 from flep_fl.data_security.denoise.capability import cpu_has_bfloat16, select_device, select_dtype
-from flep_fl.data_security.denoise.inference import network_denoiser, psnr
+from flep_fl.data_security.denoise.inference import network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN
+from flep_fl.data_security.metrics import psnr
 
 
 @pytest.fixture

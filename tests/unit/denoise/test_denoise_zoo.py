@@ -18,9 +18,9 @@ from sklearn.datasets import load_sample_image
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
-from flep_fl.data_security.denoise.inference import psnr
 from flep_fl.data_security.denoise.network import DnCNN
 from flep_fl.data_security.denoise.zoo import choose, find_card, load_denoiser
+from flep_fl.data_security.metrics import psnr
 
 STEM = "dncnn9_gaussian_25"
 
