@@ -13,7 +13,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -56,10 +55,14 @@ class SiteFolders:
 
 def ray_client(folders: SiteFolders) -> ClientApp:
     """Make the ClientApp that is whichever site its node's number names."""
-    return ClientApp(mods=[partial(_answer, folders)])
+    app = ClientApp()
+    # Flower looks for the message's kind before it calls a mod, so the one function stands for every kind.
+    for register in (app.train, app.evaluate, app.query):
+        register()(partial(_answer, folders))
+    return app
 
 
-def _answer(folders: SiteFolders, message: Message, context: Context, _next: Any) -> Message:
+def _answer(folders: SiteFolders, message: Message, context: Context) -> Message:
     """Answer one message; what fails leaves as a public code alone."""
     name = folders.names[int(context.node_config[PARTITION])]
     kit = load_site_kit(folders.kits / name)

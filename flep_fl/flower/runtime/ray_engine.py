@@ -105,7 +105,7 @@ def run_on_ray(
             raised.append(exc)
             raise
 
-    with use_environment(_QUIET), _no_telemetry(), _ray(address, cpus, log):
+    with use_environment(_QUIET), _quiet_flower(), _ray(address, cpus, log):
         try:
             run_simulation(
                 _Wrapped(serve), client, nodes, backend_config={"client_resources": {"num_cpus": cpus}}
@@ -235,10 +235,15 @@ def _start(ray: Any, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _no_telemetry() -> Iterator[None]:
+def _quiet_flower() -> Iterator[None]:
+    """Keep Flower from calling home, and from logging its own steps (and a deprecation) over ours."""
     # Flower reads the variable when it is imported, and that was long ago.
     before, telemetry.FLWR_TELEMETRY_ENABLED = telemetry.FLWR_TELEMETRY_ENABLED, "0"
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         telemetry.FLWR_TELEMETRY_ENABLED = before
