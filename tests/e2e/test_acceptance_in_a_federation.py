@@ -143,21 +143,27 @@ def test_a_site_trains_from_and_hands_out_the_model_that_it_chose(
 
 
 def test_a_site_that_opens_no_model_tests_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    testing: list[str] = []
-    make_test = compose_site._acceptance
+    testing: list[tuple[str, float]] = []
 
-    def noted(name: str, *others: Any) -> Any:
-        testing.append(name)
-        return make_test(name, *others)
+    class Noted(AcceptanceTest):
+        def __init__(self, drop: float, score: Any, path: Path, **options: Any) -> None:
+            testing.append((path.parent.parent.name, drop))
+            super().__init__(drop, score, path, **options)
 
-    monkeypatch.setattr(compose_site, "_acceptance", noted)
+    monkeypatch.setattr(compose_site, "AcceptanceTest", Noted)
     public = ("ckks.encryption=public", "ckks.contribute_only=[c]")
-    prepared_federation(tmp_path, "data.limit=60", "federation.accept_drop=0.5", *public)
-    assert testing == ["a", "b"]
+    prepared_federation(tmp_path, "data.limit=60", "federation.accept_drop=0.37", *public)
+    assert testing == [("a", 0.37), ("b", 0.37)], "with the drop that is configured"
 
 
 @pytest.mark.parametrize(
-    "override", ["federation.accept_drop=-0.1", "federation.accept_drop=1", "federation.accept_share=1"]
+    "override",
+    [
+        "federation.accept_drop=-0.1",
+        "federation.accept_drop=1",
+        "federation.accept_share=0",
+        "federation.accept_share=1",
+    ],
 )
 def test_values_out_of_range_are_named(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0]):

@@ -189,3 +189,28 @@ def test_a_donor_hands_over_the_state_that_it_committed_to(tmp_path: Path) -> No
     assert not here.weights.any()
     here.take_over(Statement("a", "00", holding, commitment(key, holding, first)), sealed)
     assert np.array_equal(here.weights, np.ones(3))
+
+
+def test_a_state_on_disk_is_taken_again_by_its_own_run_key_and_model_alone(tmp_path: Path) -> None:
+    key, settings = CheckKey.generate(), OptimiserSettings("fedadam", 0.1)
+    start = replace(HOLDING, round=0, accepted="")
+
+    def held(holding: Holding = start, key: CheckKey = key, size: int = 3) -> HeldState:
+        state = HeldState(settings, key, tmp_path, holding, np.zeros(size))
+        state.load()
+        return state
+
+    here = held()
+    assert here.holding == start, "nothing is on disk yet"
+    here.prepare(np.ones(3), HOLDING)
+    assert not held().weights.any(), "prepared is not committed"
+    here.commit()
+    again = held()
+    assert again.holding == HOLDING
+    assert again.state.to_bytes() == here.state.to_bytes() != held(size=2).state.to_bytes()
+    for field in ("federation", "run", "key_id", "config", "layout"):
+        foreign = replace(start, **{field: "other"})
+        assert held(foreign).holding == foreign, field
+    assert held(key=CheckKey.generate()).holding == start
+    (tmp_path / "optimiser.bin").write_bytes(b"damaged")
+    assert held().holding == start, "another analyst hands it over again"
