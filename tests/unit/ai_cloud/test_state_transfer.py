@@ -222,14 +222,17 @@ def test_a_site_alone_cannot_make_others_take_its_state(tmp_path: Path) -> None:
         session.take_state([statement], sealed)
 
 
-def handed(sessions: Sessions, run: str, number: int, joiner: Any) -> tuple[list[bytes], bytes]:
+def handed(
+    sessions: Sessions, run: str, number: int, joiner: Any, digest: str = ""
+) -> tuple[list[bytes], bytes]:
     """What sites a and b say and hand over, holding the state of a round of a run."""
+    digest = digest or f"{number}" * 64
     statements, sealed = [], b""
     for name in "ab":
         session = sessions.analysts[name].open()
         session._begin(run)
         held = session._held
-        held.prepare(np.ones(50), session._holding(number, f"{number}" * 64))
+        held.prepare(np.ones(50), session._holding(number, digest))
         held.commit()
         told, blob = held.statement(name, joiner.challenge(), session._signing_key, hand_over=name == "a")
         statements.append(told)
@@ -252,6 +255,18 @@ def test_a_state_of_another_run_or_older_than_ones_own_is_refused(tmp_path: Path
     with pytest.raises(TransferError, match="older"):
         session.take_state(statements, sealed)
     assert session._held.holding.round == 3
+
+
+def test_sites_that_hold_another_sum_of_the_same_round_are_refused(tmp_path: Path) -> None:
+    """The cloud has shown two sums: whoever holds one of them does not go over to the other."""
+    sessions = make(tmp_path)
+    session = sessions.analysts["c"].open()
+    session._begin("1" * 32)
+    session._held.draw_challenge()
+    session.take_state(*handed(sessions, "1" * 32, 3, session._held))
+    with pytest.raises(TransferError, match="another sum"):
+        session.take_state(*handed(sessions, "1" * 32, 3, session._held, "f" * 64))
+    assert (session.accepted, session._held.holding.accepted) == ("3" * 64, "3" * 64)
 
 
 def test_a_site_that_starts_from_its_kit_takes_no_other_first_model(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ import test_model_adder as t
 from flep_fl.contracts.errors import CiphertextError
 # all of them no larger than a genuine ciphertext
 bombs = [t.envelope(1, t.zlib_bomb(128 << 20)[:60000]), t.envelope(1, t.zlib_bomb(48 << 20)),
-         t.envelope(2, t.zstd_bomb(1 << 30)), t.envelope(2, t.zstd_bomb(1 << 22))]
+         t.envelope(2, t.zstd_bomb(1 << 30)), t.envelope(2, t.zstd_bomb(1 << 25))]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def check(blob):
     t.check(t.message(blob), t.CLASSIC, 10)

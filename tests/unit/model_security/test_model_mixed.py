@@ -13,7 +13,7 @@ from flep_fl.model_security.authenticator import verify_sum
 from flep_fl.model_security.cipher import CkksModelCipher
 from flep_fl.model_security.keyring import ModelKey
 from flep_fl.model_security.mixed import MixedAdder, TrustingModelCipher
-from flep_fl.model_security.profiles import CHECK_SLOTS, Profile
+from flep_fl.model_security.profiles import CHECK_SLOTS, Profile, get_profile
 
 pytestmark = pytest.mark.he
 
@@ -150,6 +150,26 @@ def test_a_tail_without_encryption_is_refused(make: Any, profile: Profile) -> No
     bare = payload[: plain + 8] + bytes(size) + payload[plain + 8 + size :]
     with pytest.raises(CiphertextError):
         MixedAdder(case.context, profile, case.length).add(bare)
+
+
+def test_a_zero_of_half_the_size_is_refused_under_a_public_key(
+    make: Any, key: ModelKey, profile: Profile
+) -> None:
+    """Its second half would be expanded from a seed, which no one without the model key can have done."""
+    if profile.seeded_uploads or not profile.packed:
+        pytest.skip("half the size is the rule, or there is none")
+    case = make()
+    secret = get_profile(profile.name, "symmetric")
+    seeded = TrustingModelCipher(CkksModelCipher(key, secret), secret).encrypt(case.vectors["a"])
+    plain = 16 + 8 * (case.length - CHECK_SLOTS)
+
+    def cut(payload: bytes) -> int:
+        return plain + 8 + int.from_bytes(payload[plain : plain + 8], "big")
+
+    good = case.payload("a", "a")
+    MixedAdder(case.context, profile, case.length).add(good)
+    with pytest.raises(CiphertextError, match="half-size"):
+        MixedAdder(case.context, profile, case.length).add(good[: cut(good)] + seeded[cut(seeded) :])
 
 
 def test_a_bad_payload_leaves_the_sum_as_it_was(make: Any, profile: Profile) -> None:
