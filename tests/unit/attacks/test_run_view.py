@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from report_samples import results
 from sklearn.datasets import load_digits
 
 from flep_fl.attacks import run_view
+from flep_fl.attacks.gradient_inversion import local_update
 from flep_fl.attacks.run_view import invert_for_report
 from flep_fl.config import Config
 from flep_fl.contracts.errors import DamagedResultsError
@@ -38,6 +40,25 @@ def test_the_open_clouds_bytes_show_the_image_and_ciphertext_does_not(
     for stage, name in zip(view.stages[1:], ("open", "untrusted"), strict=True):
         assert f"SSIM {view.figures[name]:.2f}" in stage.caption
     assert InversionView.from_json(json.loads(json.dumps(view.to_json()))) == view
+
+
+def test_the_open_cloud_attacks_what_training_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[np.ndarray] = []
+    observed: list[np.ndarray] = []
+
+    def update(*arguments: Any) -> Any:
+        changes.append(local_update(*arguments).detach().numpy())
+        return local_update(*arguments)
+
+    def invert(_model: Any, seen: np.ndarray, _labels: Any, shape: tuple[int, ...], *_: Any) -> Any:
+        observed.append(seen)
+        return np.zeros(shape, np.float32), 0.0
+
+    monkeypatch.setattr(run_view, "local_update", update)
+    monkeypatch.setattr(run_view, "invert_update", invert)
+    invert_for_report(make_config(*SMALL), digits())
+    assert np.abs(changes[0]).max() > 0
+    np.testing.assert_allclose(observed[0], changes[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
