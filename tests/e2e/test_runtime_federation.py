@@ -202,6 +202,7 @@ def test_a_superlink_that_keeps_ending_ends_the_run_by_name(start: Callable[...,
     assert "Traceback" not in cloud.text
 
 
+@pytest.mark.slow
 def test_a_site_without_a_cloud_says_so_and_gives_up(start: Callable[..., Party], port: int) -> None:
     site = start("site", "a", "--idle-timeout", "8")
     assert site.exit_status(40) == 1
