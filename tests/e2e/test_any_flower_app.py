@@ -22,13 +22,14 @@ from flep_fl.contracts.errors import (
     LayoutError,
     ModelWithheldError,
     QuorumError,
+    StaleUpdateError,
 )
 from flep_fl.contracts.protocol import Instruction
 from flep_fl.flower.compose_cloud import cloud_terms
 from flep_fl.flower.sessions import session_factory
 from flep_fl.model_security.adder import KeylessAdder
 from flep_fl.model_security.contribution import average
-from flep_fl.model_security.first_model import first_model_digest
+from flep_fl.model_security.first_model import first_model_digest, kept_first_model
 from flep_fl.model_security.ledger import Ledger
 from flep_fl.model_security.profiles import get_profile, vector_length
 from flep_fl.model_security.seal import (
@@ -459,6 +460,19 @@ def test_a_first_model_must_be_the_one_that_was_signed(cheat: Cheat) -> None:
     cheat.say("a", first_model(), brought=first_model())
     with pytest.raises(ForeignUpdateError, match="another first model"):
         cheat.say("a", other, brought=other)  # in the same run
+
+
+def test_a_past_run_does_not_bring_its_first_model_back(cheat: Cheat, tmp_path: Path) -> None:
+    """The cloud can sign any first model: it must not slip one in under the name of a run that is over."""
+    old, new = first_model(), {**first_model(), "scale": np.array(0.25, dtype=np.float32)}
+    cheat.say("a", old, brought=old)
+    cheat.say("a", new, brought=new, run="cd" * 16)
+    session = cheat.sessions["a"]
+    with pytest.raises(StaleUpdateError, match="past run"):
+        cheat.say("a", old, brought=old)
+    (state,) = (path.parent for path in tmp_path.glob("**/a/state/ledger.json"))
+    kept = kept_first_model(state)
+    assert kept is not None and kept["scale"] == 0.25 == session.model["scale"]
 
 
 def test_a_site_with_a_model_from_its_kit_takes_none_from_the_cloud(tmp_path: Path) -> None:
