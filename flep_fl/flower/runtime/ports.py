@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gc
 import hmac
 import json
 import time
@@ -25,9 +26,11 @@ from flep_fl.flower.runtime.tls import fingerprint
 _HEALTH = "/health"
 _FLEET = "/v1/fleet/"
 _ARRIVALS = frozenset({"/v1/fleet/register-node", "/v1/fleet/activate-node"})
-_TRANSFERS = frozenset({"/v1/fleet/push-object", "/v1/fleet/pull-object"})
+_CHUNKS = ("/push-object", "/pull-object")
+_TRANSFERS = frozenset("/v1/fleet" + path for path in _CHUNKS)
 MOST_TRANSFERS = 4
 """Chunks (5 MB each) that are in the SuperLink's memory at a time; the others wait in their senders."""
+_SLICE = 256 * 1024
 _TRANSFER_LIMIT = 120.0
 """Seconds for one chunk, so that a site that stands still keeps no place; it tries again by itself."""
 
@@ -67,6 +70,28 @@ class AdminPort:
         return hmac.compare_digest(shown, self._token)
 
 
+class FreeingApp:
+    """ASGI: upstream's app, whose chunks are freed when they are done with.
+
+    A handled request is a reference cycle that holds its body and its answer, 5 MB each, and Python's
+    collector counts objects, not bytes: dozens of chunks wait for it, the more the more sites there are.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._chunks = 0
+        gc.collect()
+        gc.freeze()  # what is there now stays for good, and need not be looked through every time
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; collect garbage once in :data:`MOST_TRANSFERS` chunks."""
+        await self._app(scope, receive, send)
+        if scope["type"] == "http" and str(scope["path"]).endswith(_CHUNKS):
+            self._chunks += 1
+            if self._chunks % MOST_TRANSFERS == 0:
+                gc.collect()
+
+
 class SitesPort:
     """ASGI: the listener that faces the sites. ``/v1/fleet/*`` and ``/health``, and nothing else.
 
@@ -89,7 +114,7 @@ class SitesPort:
             return
         # The body of a request is read by the app, so that nothing piles up of those that wait here.
         async with self._transfers, asyncio.timeout(_TRANSFER_LIMIT):
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, _in_slices(send))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusals = self._refusals
@@ -174,6 +199,25 @@ def _clock_trouble(age: float) -> str:
         return f"whose clock is {-age:.0f} s ahead"
     # It may also have waited in the port's queue while the SuperLink was started again.
     return f"whose request is {age:.0f} s old (a clock behind, or somebody repeats it)"
+
+
+def _in_slices(send: Send) -> Send:
+    """Send a body slice by slice: uvicorn buffers what it is given, and waits for the peer before the next.
+
+    A chunk given whole would stay in memory until a slow site has read it, and its place would be free for the
+    next one.
+    """
+
+    async def forward(message: Message) -> None:
+        body = message.get("body", b"")
+        if message["type"] != "http.response.body" or len(body) <= _SLICE:
+            await send(message)
+            return
+        for start in range(0, len(body), _SLICE):
+            more = message.get("more_body", False) or start + _SLICE < len(body)
+            await send({**message, "body": body[start : start + _SLICE], "more_body": more})
+
+    return forward
 
 
 async def _not_here(scope: Scope, receive: Receive, send: Send) -> None:

@@ -30,7 +30,7 @@ from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, 
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.object_store import ObjectStoreFactory
 
-from flep_fl.flower.runtime.ports import AdminPort, Refusals, SitesPort, parse_node_keys
+from flep_fl.flower.runtime.ports import AdminPort, FreeingApp, Refusals, SitesPort, parse_node_keys
 from flep_fl.flower.runtime.replies import dropped_orders, forget, whole_replies
 from flep_fl.flower.runtime.security import CloudSecurity
 from flep_fl.flower.runtime.store import FileObjectStore
@@ -71,8 +71,9 @@ def _serve_on(
             return uvicorn.Server(config)
 
         context = None if security is None else server_context(security)
-        inner = server(AdminPort(app, token, lambda ids: forget(state, ids)), "on", None)
-        outer = server(SitesPort(app, refusals), "off", context)
+        freeing = FreeingApp(app)
+        inner = server(AdminPort(freeing, token, lambda ids: forget(state, ids)), "on", None)
+        outer = server(SitesPort(freeing, refusals), "off", context)
 
         async def both() -> None:
             # SIGTERM reaches the server that was started last; it passes the signal on when it has ended.

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import stat
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +31,7 @@ from flep_fl.flower.processes import Interrupted
 from flep_fl.flower.runtime.cloud import run_cloud
 from flep_fl.flower.runtime.environment import bind, log_tail, new_secret, parse_address, use_environment
 from flep_fl.flower.runtime.grid import GuardedGrid
-from flep_fl.flower.runtime.ports import MOST_TRANSFERS, AdminPort, SitesPort
+from flep_fl.flower.runtime.ports import MOST_TRANSFERS, AdminPort, FreeingApp, SitesPort
 from flep_fl.flower.runtime.replies import dropped_orders, forget, whole_replies
 from flep_fl.flower.runtime.store import SMALL_OBJECT, FileObjectStore, empty_folder, remove_folder
 from flep_fl.flower.runtime.traffic import message_bytes
@@ -302,6 +304,59 @@ def test_the_superlink_takes_in_a_bounded_number_of_chunks_at_a_time() -> None:
     # A heartbeat never waits for them.
     asyncio.run(requests("/v1/fleet/send-node-heartbeat"))
     assert most == 40
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/push-object", "/v1/runtime/pull-object"])
+def test_a_chunk_is_freed_when_it_is_done_with(path: str) -> None:
+    class Chunk:
+        def __init__(self) -> None:
+            self.request = self  # as upstream's requests are: freed by the collector alone
+
+    left: list[weakref.ref[Chunk]] = []
+
+    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+        left.append(weakref.ref(Chunk()))
+
+    gc.disable()
+    try:
+        freeing: Any = FreeingApp(app)
+        for _ in range(MOST_TRANSFERS):
+            asyncio.run(freeing({"type": "http", "path": path}, None, None))
+        assert [reference() for reference in left] == [None] * MOST_TRANSFERS
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def test_a_place_is_free_when_the_site_has_read_its_chunk() -> None:
+    """uvicorn takes what it is given into memory: a slow site must be given little at a time."""
+    body = bytes(range(256)) * 20_000
+    sent: list[Any] = []
+    reading = asyncio.Event()
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async def slow(message: Any) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            await reading.wait()
+
+    async def play() -> None:
+        port: Any = SitesPort(app)
+        call = asyncio.create_task(port({"type": "http", "path": "/v1/fleet/pull-object"}, None, slow))
+        await asyncio.sleep(0.05)
+        assert port._transfers._value == MOST_TRANSFERS - 1
+        assert sum(len(message.get("body", b"")) for message in sent) < len(body) / 2
+        reading.set()
+        await call
+        assert port._transfers._value == MOST_TRANSFERS
+
+    asyncio.run(play())
+    bodies = sent[1:]
+    assert b"".join(message["body"] for message in bodies) == body
+    assert [message["more_body"] for message in bodies] == [True] * (len(bodies) - 1) + [False]
 
 
 def stored(store: InMemoryObjectStore, message: Message) -> str:
