@@ -204,8 +204,7 @@ def _clock_trouble(age: float) -> str:
 def _in_slices(send: Send) -> Send:
     """Send a body slice by slice: uvicorn buffers what it is given, and waits for the peer before the next.
 
-    A chunk given whole would stay in memory until a slow site has read it, and its place would be free for the
-    next one.
+    A chunk given whole would stay in memory until a slow site has read it, and its place would be free.
     """
 
     async def forward(message: Message) -> None:
