@@ -65,8 +65,8 @@ def ray_client(folders: SiteFolders) -> ClientApp:
 def _answer(folders: SiteFolders, message: Message, context: Context) -> Message:
     """Answer one message; what fails leaves as a public code alone."""
     name = folders.names[int(context.node_config[PARTITION])]
-    kit = load_site_kit(folders.kits / name)
     try:
+        kit = load_site_kit(folders.kits / name)
         site = prepare_site(
             kit,
             folders.config,
