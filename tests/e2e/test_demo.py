@@ -99,7 +99,7 @@ def gone(pids: list[int]) -> bool:
 @pytest.mark.parametrize(
     ("pattern", "times", "processes"),
     [
-        ("gateway. ready", 2, 2),
+        pytest.param("gateway. ready", 2, 2, marks=pytest.mark.slow),
         # Two gateways, the cloud, three analysts, and Flower's own processes.
         pytest.param("held-out images, in memory", 1, 6, marks=pytest.mark.slow),
     ],

@@ -123,6 +123,7 @@ def test_sigint_ends_a_busy_site_and_a_waiting_cloud(start: Callable[..., Party]
     assert can_bind(port)
 
 
+@pytest.mark.slow
 def test_a_killed_site_is_an_error_reply_and_disappears(start: Callable[..., Party], tmp_path: Path) -> None:
     look = tmp_path / "look"
     cloud = start("cloud", "cloud", "--rounds", "1", "--linger", "--after", str(look))

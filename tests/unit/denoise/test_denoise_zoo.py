@@ -82,9 +82,18 @@ def test_no_level_at_all(std):
 
 
 @pytest.mark.parametrize("std", [0.5, 9.9, 50.1, 200])
-def test_levels_out_of_reach_name_the_range_and_the_way_out(std):
+def test_levels_out_of_reach_name_the_range_and_the_way_out(folder, std):
     with pytest.raises(DenoiserError, match=r"10 to 50.*train_denoiser images=FOLDER noise_std="):
-        load_denoiser("dncnn9", std)
+        load_denoiser("dncnn9", std, weights=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "std", "psnr_db"), [("dncnn9", 10, 31), ("dncnn9", 25, 26), ("blind", 25, 24), ("blind", 50, 20)]
+)
+def test_what_ships_removes_its_level(photograph, name, std, psnr_db):
+    noise = np.random.default_rng(0).normal(0, std, photograph.shape)
+    restored = load_denoiser(name, std)((photograph + noise).astype(np.float32))
+    assert psnr(photograph, restored) > psnr_db > psnr(photograph, photograph + noise)
 
 
 def test_the_nearest_level_is_taken(folder, photograph):
