@@ -22,6 +22,8 @@ NOISES = [
     NoiseParameters("poisson_gaussian", std=5.0, gain=5.0),
     NoiseParameters("rician", std=25.0),
     NoiseParameters("salt_and_pepper", amount=0.1),
+    NoiseParameters("laplacian", std=25.0),
+    NoiseParameters("rayleigh", std=25.0),
 ]
 
 
