@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from federations import make_config
 from flwr.app import Context, Message, RecordDict
 
-from flep_fl.contracts.errors import ConfigError, MissingExtraError
+from flep_fl.contracts.errors import ConfigError, MissingExtraError, RuntimeStartError
 from flep_fl.flower.ray_sites import SiteFolders, ray_client
 from flep_fl.flower.runtime import ray_engine
 from flep_fl.flower.runtime.wire import set_task_identity
@@ -68,6 +69,25 @@ def test_every_kind_of_message_reaches_a_site(kind: str, tmp_path: Path) -> None
     assert answer.has_error() and str(tmp_path) not in answer.error.reason, "the site's own public code"
 
 
+class OneNode(ray_engine._LiveGrid):
+    """Flower's grid with one node."""
+
+    def __init__(self) -> None:
+        pass
+
+    def get_node_ids(self) -> list[int]:
+        return [7]
+
+
+def test_a_grid_asks_whether_ray_lives_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_ASK_EVERY", 0.0)
+    places = iter([2, 0])
+    grid = ray_engine._LiveGrid(OneNode(), threading.Event(), lambda: next(places))
+    assert list(grid.get_node_ids()) == [7]
+    with pytest.raises(RuntimeStartError, match="Ray was lost during the run"):
+        grid.get_node_ids()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trust", ["open", "untrusted"])
 def test_ray_gives_what_one_process_gives(
@@ -94,15 +114,8 @@ def test_ray_gives_what_one_process_gives(
 @pytest.mark.slow
 def test_rays_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    command = [sys.executable, "-m", "scripts.simulate", *TINY, "runtime=ray", "federation.rounds=50"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*command, f"hydra.run.dir={tmp_path}/run"], stdout=log, stderr=log)
+    process = start_long_run(tmp_path)
     try:
-        deadline = time.monotonic() + 300
-        while "round 1" not in (tmp_path / "log").read_text():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
         found = descendants(process.pid)
         assert any("raylet" in name for name in found.values()), found
     finally:
@@ -112,6 +125,37 @@ def test_rays_processes_end_with_the_one_that_started_them(tmp_path: Path) -> No
     while (left := [pid for pid in found if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left, {pid: found[pid] for pid in left}
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_lost_in_mid_run_ends_it_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    process = start_long_run(tmp_path)
+    try:
+        found = descendants(process.pid)
+        (raylet,) = (pid for pid, command in found.items() if Path(command.split(" ")[0]).name == "raylet")
+        os.kill(raylet, signal.SIGKILL)
+        assert process.wait(timeout=180) == 1
+    finally:
+        process.kill()
+        process.wait()
+    *_, last = (tmp_path / "log").read_text().splitlines()
+    assert last.startswith("error (RuntimeStartError): Ray was lost during the run"), last
+
+
+def start_long_run(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a simulation of fifty rounds on Ray; return it when its first round is over."""
+    command = [sys.executable, "-m", "scripts.simulate", *TINY, "runtime=ray", "federation.rounds=50"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, f"hydra.run.dir={folder}/run"], stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    while "round 1" not in (folder / "log").read_text():
+        assert process.poll() is None, (folder / "log").read_text()
+        if time.monotonic() >= deadline:
+            process.kill()
+            raise AssertionError((folder / "log").read_text())
+        time.sleep(0.5)
+    return process
 
 
 def descendants(root: int) -> dict[int, str]:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ PARTITION = "partition-id"
 """Where a ClientApp finds its number, from 0, in ``context.node_config``."""
 
 _STARTS = 3
+
+_ASK_EVERY = 5.0
+"""Seconds between two questions to Ray whether a machine of it is left."""
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -89,7 +93,8 @@ def run_on_ray(
     MissingExtraError
         Ray is not installed.
     RuntimeStartError
-        Ray does not start, the cluster does not answer, or it has too few cores.
+        Ray does not start, the cluster does not answer, it has too few cores, or its last machine with enough
+        of them is lost during the run.
     Exception
         Whatever the ServerApp raised.
     """
@@ -100,7 +105,7 @@ def run_on_ray(
 
     def serve(grid: Grid, context: Context) -> None:
         try:
-            server(_StoppableGrid(grid, stop), context)
+            server(_LiveGrid(grid, stop, lambda: _places(cpus)), context)
         except BaseException as exc:
             raised.append(exc)
             raise
@@ -133,15 +138,27 @@ class _Wrapped(ServerApp):
         self._function(grid, context)
 
 
-class _StoppableGrid(Grid):
-    """Flower's grid, which raises in the ServerApp once the engine has ended."""
+class _LiveGrid(Grid):
+    """Flower's grid, which raises in the ServerApp once the engine has ended or Ray has no machine left.
 
-    def __init__(self, grid: Grid, stop: threading.Event) -> None:
-        self._grid, self._stop = grid, stop
+    The engine itself answers an error for every site of a dead Ray, and would go on so for ever.
+    """
+
+    def __init__(self, grid: Grid, stop: threading.Event, places: Callable[[], int]) -> None:
+        self._grid, self._stop, self._places = grid, stop, places
+        self._asked = time.monotonic()
 
     def _checked(self) -> Grid:
         if self._stop.is_set():
             raise RuntimeStartError("Flower's simulation engine has ended")
+        if time.monotonic() - self._asked >= _ASK_EVERY:
+            if self._places() == 0:
+                raise RuntimeStartError(
+                    "Ray was lost during the run: none of its machines is left to run a site",
+                    remedy="Look for what ended the process `raylet` (memory, a cluster's head that was "
+                    "stopped), then start again, or take runtime=local",
+                )
+            self._asked = time.monotonic()
         return self._grid
 
     def set_run(self, run: Run) -> None:
@@ -206,20 +223,26 @@ def _ray(address: str, cpus: int, log: Callable[[str], None]) -> Iterator[None]:
                     remedy="Start a cluster with `ray start --head` and give its HOST:PORT, or leave "
                     "runtime.address=local",
                 ) from exc
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores = int(sum(resources.get("CPU", 0) // cpus for resources in alive))
-        if cores == 0:
+        places = _places(cpus)
+        if places == 0:
             raise RuntimeStartError(
                 "Ray has no machine with as many cores as one site should use",
                 expected=f"runtime.threads={cpus} cores",
                 remedy="Lower runtime.threads",
             )
-        log(f"Ray: {cores} sites at a time")
+        log(f"Ray: {places} sites at a time")
         yield
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _places(cpus: int) -> int:
+    """Return how many sites of ``cpus`` cores run at a time on the machines that Ray has now."""
+    ray: Any = importlib.import_module("ray")
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return int(sum(resources.get("CPU", 0) // cpus for resources in alive))
 
 
 def _start(ray: Any, options: dict[str, Any]) -> None:
