@@ -190,7 +190,7 @@ def compute(options: argparse.Namespace) -> None:
     until = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     for cell in cells(options.sigmas, options.sizes, options.seeds):
-        if (cell.arm, cell.size, cell.sigma, cell.seed) in done:
+        if cell.arm not in options.arms or (cell.arm, cell.size, cell.sigma, cell.seed) in done:
             continue
         if time.monotonic() > until:
             print("the time is over; the same command goes on", flush=True)
@@ -306,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=64, help="the classifier's input (default 64)")
     parser.add_argument("--sigmas", type=float, nargs="+", default=[10.0, 25.0, 50.0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -30,7 +30,7 @@ class ModelCard:
     data, licence
         Training pictures in words, and what their licences allow.
     pictures, steps, batch, crop, seed
-        How it was trained.
+        How it was trained; steps do not count those behind the weights that it started from.
     validation, validation_psnr
         Held-out pictures in words, and the mean PSNR on them in dB (None where there were none).
     sha256
@@ -40,6 +40,8 @@ class ModelCard:
     unshuffle, conditioned
         The variant of the network, see :class:`~flep_fl.data_security.denoise.network.DnCNN`. A range
         without condition is blind: it finds the level itself.
+    start_sha256
+        Checksum of the weights that the training started from; None for random ones.
     """
 
     noise_family: str
@@ -59,6 +61,7 @@ class ModelCard:
     noise_range: tuple[float, float] | None = None
     unshuffle: int = 1
     conditioned: bool = False
+    start_sha256: str | None = None
 
     def to_json(self) -> bytes:
         """Serialise, readable."""

@@ -77,8 +77,8 @@ class CropSampler:
         """Return the clean crops, the noise and the levels of ``step``."""
         settings, device = self._settings, self._device
         random = np.random.default_rng([settings.seed, step])
-        index = self._crop_indices(random)
-        clean = self._flat[index].to(torch.float32).div_(255)[:, None]
+        drawn = [self._flat[self._crop_indices(random)] for _ in range(settings.candidates)]
+        clean = most_detailed(torch.stack(drawn).to(torch.float32).div_(255))[:, None]
         levels = torch.full((settings.batch,), settings.noise_std / 255, dtype=torch.float32)
         if settings.noise_range is not None:
             low, high = settings.noise_range
@@ -111,6 +111,21 @@ class CropSampler:
         steps = torch.arange(side, device=self._device)
         indices: Tensor = start + outer * steps[:, None] + inner * steps
         return indices
+
+
+def most_detailed(crops: Tensor) -> Tensor:
+    """Return float (N, S, S): of the K candidates (K, N, S, S) for each place of a batch the most detailed.
+
+    Detail is the mean absolute Laplacian. Photographs are mostly sky and blur, on which a network soon has
+    nothing left to learn.
+    """
+    if len(crops) == 1:
+        return crops[0]
+    inner = crops[..., 1:-1, 1:-1]
+    across = crops[..., 1:-1, :-2] + crops[..., 1:-1, 2:]
+    down = crops[..., :-2, 1:-1] + crops[..., 2:, 1:-1]
+    detail = (4 * inner - across - down).abs().mean(dim=(-2, -1))
+    return crops[detail.argmax(dim=0), torch.arange(crops.shape[1], device=crops.device)]
 
 
 def standard_noise(family: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -47,6 +47,8 @@ class TrainSettings:
         Adam steps, crops a step, side of a crop in pixels.
     scales
         Sizes at which each picture is seen, as factors in (0, 1].
+    candidates
+        Crops drawn for each place of a batch, of which the one with most detail is taken.
     lr, warmup, ema
         Peak learning rate, share of the steps in which it rises (then a cosine to 0), decay of the averaged
         weights.
@@ -79,6 +81,7 @@ class TrainSettings:
     batch: int = 32
     crop: int = 48
     scales: list[float] = field(default_factory=lambda: [1.0, 0.8, 0.6])
+    candidates: int = 2
     lr: float = 2e-3
     warmup: float = 0.05
     ema: float = 0.999
@@ -110,7 +113,14 @@ class TrainSettings:
         _within("start", self.start, self.start is None or self.start.is_file(), "a .safetensors file")
         _within("depth", self.depth, 2 <= self.depth <= 64, "2 to 64")
         _within("channels", self.channels, 1 <= self.channels <= 1024, "1 to 1024")
-        for name in ("steps", "batch", "validate_every", "validation_images", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch",
+            "candidates",
+            "validate_every",
+            "validation_images",
+            "checkpoint_every",
+        ):
             _within(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _within("crop", self.crop, self.crop >= 8, "at least 8 pixels")
         _within("validation_side", self.validation_side, self.validation_side >= 8, "at least 8 pixels")

@@ -102,11 +102,12 @@ class _Run:
         relevant = {
             name: value
             for name, value in asdict(settings).items()
-            if name in {"noise_std", "depth", "channels", "steps", "batch", "crop", "scales", "lr"}
-            or name in {"warmup", "ema", "seed", "noise_range", "noise_family", "blind", "unshuffle"}
+            if name in {"noise_std", "depth", "channels", "steps", "batch", "crop", "scales", "candidates"}
+            or name in {"lr", "warmup", "ema", "seed", "noise_range", "noise_family", "blind", "unshuffle"}
         }
-        if settings.start is not None:
-            relevant["start"] = checksum(read_bytes(settings.start, what="start", error=DenoiserError))
+        self.start = start_checksum(settings)
+        if self.start is not None:
+            relevant["start"] = self.start
         self.fingerprint = json.dumps({**relevant, "pixels": data_digest}, sort_keys=True)
         if settings.resume and self.checkpoint.exists():
             self._load()
@@ -314,6 +315,7 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
             noise_range=None if span is None else (float(span[0]), float(span[1])),
             unshuffle=settings.unshuffle,
             conditioned=run.model.conditioned,
+            start_sha256=run.start,
         )
 
     result = card(None)
@@ -324,6 +326,13 @@ def _export(run: _Run, pictures: int, held_out: list[LumaImage]) -> ModelCard:
     write_atomic(settings.out, weights)
     write_atomic(card_path(settings.out), result.to_json())
     return result
+
+
+def start_checksum(settings: TrainSettings) -> str | None:
+    """Return the SHA-256 of the weights that a training starts from, None for random ones."""
+    if settings.start is None:
+        return None
+    return checksum(read_bytes(settings.start, what="start", error=DenoiserError))
 
 
 def card_path(weights: Path) -> Path:

@@ -7,7 +7,7 @@ import logging
 from flep_fl.contracts.errors import DenoiserError
 from flep_fl.data_security.denoise.card import ModelCard, checksum, parse_card
 from flep_fl.data_security.denoise.settings import TrainSettings
-from flep_fl.data_security.denoise.train import card_path, train_denoiser
+from flep_fl.data_security.denoise.train import card_path, start_checksum, train_denoiser
 from flep_fl.data_security.denoise.zoo_settings import ZooSettings
 
 _log = logging.getLogger(__name__)
@@ -54,8 +54,9 @@ def _finished(run: TrainSettings) -> ModelCard | None:
         *(card.noise_family, card.noise_std, card.noise_range, card.depth, card.channels, card.unshuffle),
         card.steps,
     )
-    same = (run.batch, run.crop, run.seed, run.blind) == (
+    same = (run.batch, run.crop, run.seed, run.blind, start_checksum(run)) == (
         *(card.batch, card.crop, card.seed),
         card.noise_range is not None and not card.conditioned,
+        card.start_sha256,
     )
     return card if wanted == found and same and checksum(weights) == card.sha256 else None

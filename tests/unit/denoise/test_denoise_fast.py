@@ -164,6 +164,7 @@ def test_training_a_range_and_going_on_from_it(pictures, tmp_path):
     again = tmp_path / "again"
     start = tmp_path / "fast.safetensors"
     second = train_denoiser(_settings(pictures, again, start=start, lr=1e-9, steps=1))
+    assert (card.start_sha256, second.start_sha256) == (None, card.sha256)
     before = deserialise(start.read_bytes(), card).state_dict()
     after = deserialise((again / "fast.safetensors").read_bytes(), second).state_dict()
     for name, value in before.items():

@@ -10,7 +10,7 @@ import pytest
 import pywt
 import torch
 
-from flep_fl.data_security.denoise.sampling import CropSampler, haar_mixed, standard_noise
+from flep_fl.data_security.denoise.sampling import CropSampler, haar_mixed, most_detailed, standard_noise
 from flep_fl.data_security.denoise.settings import TrainSettings
 from flep_fl.data_security.noise import TABLE_ONE, noise_table
 
@@ -57,6 +57,23 @@ def test_every_crop_is_a_part_of_one_picture():
         ramp = crop if np.ptp(crop[:, 0]) == 0 else crop.T
         assert (np.abs(np.diff(ramp, axis=1)) == 1).all()
         assert (np.diff(ramp, axis=0) == 0).all()
+
+
+def test_of_several_candidates_the_one_with_most_detail_is_taken():
+    crops = torch.zeros(3, 2, 8, 8)
+    crops[0] = torch.arange(8.0)  # a ramp is steep, but has no detail
+    crops[1, 0, 4, 4] = 0.1
+    crops[2, 1, 2, 6] = 0.1
+    chosen = most_detailed(crops)
+    assert torch.equal(chosen[0], crops[1, 0]) and torch.equal(chosen[1], crops[2, 1])
+    flat, busy = np.full((64, 64), 90, np.uint8), _pictures()[0]
+    settings = dataclasses.replace(SETTINGS, batch=400, scales=[1.0])
+    shares = []
+    for candidates in (1, 2, 4):
+        clean = CropSampler([flat, busy], dataclasses.replace(settings, candidates=candidates)).batch(0)[0]
+        shares.append(float((clean.std(dim=(1, 2, 3)) > 0).float().mean()))
+    chance = busy.size / (busy.size + flat.size)
+    assert shares == pytest.approx([1 - (1 - chance) ** count for count in (1, 2, 4)], abs=0.08)
 
 
 def test_every_crop_draws_its_level():

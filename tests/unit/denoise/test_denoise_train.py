@@ -130,7 +130,7 @@ def _stopped(settings: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_belongs_to_its_settings_and_pictures(pictures, tmp_path, monkeypatch):
     settings = _settings(pictures, tmp_path, steps=3)
     _stopped(settings, monkeypatch)
-    for change in ({"noise_std": 30.0}, {"seed": 5}, {"steps": 4}, {"channels": 4}):
+    for change in ({"noise_std": 30.0}, {"seed": 5}, {"steps": 4}, {"channels": 4}, {"candidates": 1}):
         with pytest.raises(DenoiserError, match="other settings"):
             train_denoiser(dataclasses.replace(settings, **change))
     fewer = tmp_path / "fewer"
@@ -217,6 +217,7 @@ def test_divergence_is_named(pictures, tmp_path, monkeypatch):
         ({"depth": 1}, "depth"),
         ({"steps": 0}, "steps"),
         ({"batch": 0}, "batch"),
+        ({"candidates": 0}, "candidates"),
         ({"crop": 7}, "crop"),
         ({"scales": []}, "scales"),
         ({"scales": [1.0, 1.1]}, "scales"),

@@ -58,6 +58,10 @@ def test_what_is_there_is_not_trained_again(pictures, tmp_path, monkeypatch):
     assert trained[3:] == ["blind_gaussian"]
     train_zoo(dataclasses.replace(settings, scale=2.0, only=["dncnn9_gaussian_25"]))
     assert trained[4:] == ["dncnn9_gaussian_25"]
+    # What started from weights that are gone starts again from the new ones.
+    longer = {**settings.networks["dncnn9_gaussian_25"], "steps": 2 * TINY["steps"]}
+    train_zoo(dataclasses.replace(settings, networks={**settings.networks, "dncnn9_gaussian_25": longer}))
+    assert trained[5:] == ["dncnn9_gaussian_10"]
 
 
 def test_only_brings_what_it_starts_from(pictures, tmp_path):
