@@ -17,7 +17,7 @@ from flep_fl.contracts.files import write_atomic
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.estimate import estimate_std
 from flep_fl.data_security.denoise.families import denoiser_for
-from flep_fl.data_security.denoise.inference import haar_noise
+from flep_fl.data_security.denoise.inference import DEFAULT_TILE, haar_noise
 from flep_fl.data_security.denoise.zoo import find_card
 from flep_fl.data_security.metrics import psnr, ssim
 from flep_fl.data_security.noise import NOISE_FAMILIES, TABLE_SIZE
@@ -126,7 +126,8 @@ def evaluate_denoiser(
         estimate = estimate_std(noisy) if min(image.shape) >= 16 else None
         denoise = told or _denoiser(task, ResidualNoise(std=estimate or 0.0))
         if index == 0:
-            denoise(noisy[None, :64, :64])  # the first call of a process pays for PyTorch's start
+            # The first call of a process pays for PyTorch's start, the first of a size for its memory.
+            denoise(noisy[None, :DEFAULT_TILE, :DEFAULT_TILE])
         started = time.perf_counter()
         clean = denoise(noisy[None])[0]
         elapsed = time.perf_counter() - started
