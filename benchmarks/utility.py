@@ -277,8 +277,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
     panels = sorted({(row.data, row.size) for row in found if row.difference is not None})
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (data, size) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
+    places = figure.subplots(1, max(1, len(panels)), sharex=True, sharey=True, squeeze=False)
+    for axes, (data, size) in zip(places[0], panels, strict=False):
         for shift, arm in enumerate(("decrypted", "denoised")):
             points = [row for row in found if (row.data, row.size, row.arm) == (data, size, arm)]
             axes.errorbar(
@@ -291,6 +291,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
             )
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(title=f"{data}, sealed at {size} size", xlabel="sigma", ylabel="accuracy - plain, points")
+        axes.set_xlim(left=0)
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -339,6 +339,7 @@ def _summary(results: Mapping[str, Any], out: Path, seconds: float) -> None:
             f"restored images {restore['psnr_db']:.1f} dB PSNR, "
             f"before denoising {restore['noisy_psnr_db']:.1f} dB"
         )
+        say("what the noise costs in accuracy: docs/denoisers.md; the same without it: noise.std=0")
     if results["cloud"] == "untrusted":
         say(f"the cloud held no key and wrote no model: {out / CLOUD}")
     say(f"done in {seconds:.0f} s; results: {out / 'results.json'}")

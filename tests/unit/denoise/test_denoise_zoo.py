@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from skimage import data as samples
 from sklearn.datasets import load_sample_image
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
+from flep_fl.data_security.denoise.inference import network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN
 from flep_fl.data_security.denoise.zoo import choose, find_card, load_denoiser
 from flep_fl.data_security.metrics import psnr
@@ -50,9 +52,28 @@ def test_shipped_weights_remove_the_noise_of_their_level(photograph):
     assert _gain(photograph, 25) >= 5
 
 
-@pytest.mark.parametrize(("std", "gain"), [(10, 1.2), (15, 3), (35, 6), (50, 7)])
+@pytest.mark.parametrize(("std", "gain"), [(7, 0.5), (20, 3), (30, 5), (42, 6), (90, 9)])
 def test_levels_nearby_are_served_by_scaling(photograph, std, gain):
     assert _gain(photograph[:, 100:260, 200:392], std) >= gain  # the roof: hardly a flat spot
+
+
+LEVELS = (5, 10, 15, 25, 35, 50)
+"""Of the networks of dncnn9 that ship."""
+
+
+@pytest.mark.parametrize("std", LEVELS)
+def test_every_level_has_a_network_that_beats_its_neighbours(std):
+    assert find_card("dncnn9", std).noise_std == std
+    image = samples.camera()[None, 100:356, 100:356].astype(np.float32)
+    noisy = (image + np.random.default_rng(1).standard_normal(image.shape) * std).astype(np.float32)
+    place = files("flep_fl.data_security.denoise") / "weights"
+    reached = {}
+    for level in LEVELS:
+        card = parse_card((place / f"dncnn9_gaussian_{level}.json").read_bytes())
+        network = deserialise((place / f"dncnn9_gaussian_{level}.safetensors").read_bytes(), card)
+        if std / 3 <= level <= 3 * std:
+            reached[level] = psnr(image, network_denoiser(network, gain=level / std)(noisy))
+    assert max(reached, key=lambda level: reached[level]) == std, reached
 
 
 @pytest.mark.parametrize(("name", "std"), [("none", 25), ("none", 0), ("dncnn9", 0)])
