@@ -36,7 +36,7 @@ def impulse_denoiser(amount: float, steps: Sequence[Denoise]) -> Denoise:
             filled = fill(image, hit)
             if hit.any():
                 for step in steps:
-                    filled = np.where(hit, step(filled[None])[0], filled)
+                    np.copyto(filled, step(filled[None])[0], where=hit)
             result[index] = filled
         return result
 
@@ -47,7 +47,7 @@ def find_impulses(image: Image, amount: float) -> Mask:
     """Say which pixels of ``(H, W)`` were hit; black or white areas of the picture itself are kept."""
     hit = np.zeros(image.shape, dtype=bool)
     for extreme in (image <= TOLERANCE, image >= 255 - TOLERANCE):
-        share = _box_mean(extreme.astype(np.float32), 2)
+        share = _box_mean(extreme, 2)
         hit |= extreme & (share <= min(amount + _NATURAL, 0.95))
     return hit
 
@@ -58,7 +58,7 @@ def fill(image: Image, hit: Mask) -> Image:
     open_places = hit.copy()
     radius = 1
     known = np.where(hit, np.float32(0), image)
-    good = (~hit).astype(np.float32)
+    good = ~hit
     while open_places.any() and radius < 2 * max(image.shape):
         weight = _box_mean(good, radius)
         found = open_places & (weight > 0.5 / (2 * radius + 1) ** 2)
@@ -68,7 +68,7 @@ def fill(image: Image, hit: Mask) -> Image:
     return filled
 
 
-def _box_mean(image: Image, radius: int) -> Image:
+def _box_mean(image: Image | Mask, radius: int) -> Image:
     """Mean over the square window of side ``2 radius + 1``, as far as it lies in the image."""
     height, width = image.shape
     columns = np.arange(width)
