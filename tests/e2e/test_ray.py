@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +116,9 @@ def test_ray_gives_what_one_process_gives(
 @pytest.mark.slow
 def test_rays_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    process = start_long_run(tmp_path)
-    try:
+    with long_run(tmp_path) as process:
         found = descendants(process.pid)
         assert any("raylet" in name for name in found.values()), found
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     deadline = time.monotonic() + 240  # Ray's agents ask after their raylet every now and then
     while (left := [pid for pid in found if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -130,32 +128,31 @@ def test_rays_processes_end_with_the_one_that_started_them(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_ray_that_is_lost_in_mid_run_ends_it_by_name(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    process = start_long_run(tmp_path)
-    try:
+    with long_run(tmp_path) as process:
         found = descendants(process.pid)
         (raylet,) = (pid for pid, command in found.items() if Path(command.split(" ")[0]).name == "raylet")
         os.kill(raylet, signal.SIGKILL)
         assert process.wait(timeout=180) == 1
-    finally:
-        process.kill()
-        process.wait()
     *_, last = (tmp_path / "log").read_text().splitlines()
     assert last.startswith("error (RuntimeStartError): Ray was lost during the run"), last
 
 
-def start_long_run(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a simulation of fifty rounds on Ray; return it when its first round is over."""
+@contextmanager
+def long_run(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Give a simulation of fifty rounds on Ray whose first round is over; SIGKILL ends it after the block."""
     command = [sys.executable, "-m", "scripts.simulate", *TINY, "runtime=ray", "federation.rounds=50"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*command, f"hydra.run.dir={folder}/run"], stdout=log, stderr=log)
-    deadline = time.monotonic() + 300
-    while "round 1" not in (folder / "log").read_text():
-        assert process.poll() is None, (folder / "log").read_text()
-        if time.monotonic() >= deadline:
-            process.kill()
-            raise AssertionError((folder / "log").read_text())
-        time.sleep(0.5)
-    return process
+    try:
+        deadline = time.monotonic() + 300
+        while "round 1" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def descendants(root: int) -> dict[int, str]:

@@ -52,8 +52,10 @@ def test_shipped_weights_remove_the_noise_of_their_level(photograph):
     assert _gain(photograph, 25) >= 5
 
 
-@pytest.mark.parametrize(("std", "gain"), [(7, 0.5), (20, 3), (30, 5), (42, 6), (90, 9)])
-def test_levels_nearby_are_served_by_scaling(photograph, std, gain):
+@pytest.mark.parametrize(
+    ("std", "gain"), [(7, 0.5), (10, 1.2), (15, 3), (20, 3), (30, 5), (35, 6), (42, 6), (50, 7), (90, 9)]
+)
+def test_levels_and_what_lies_between_them_are_served(photograph, std, gain):
     assert _gain(photograph[:, 100:260, 200:392], std) >= gain  # the roof: hardly a flat spot
 
 
