@@ -17,7 +17,7 @@ from flep_fl.contracts.files import write_atomic
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.estimate import estimate_std
 from flep_fl.data_security.denoise.families import denoiser_for
-from flep_fl.data_security.denoise.inference import DEFAULT_TILE, haar_noise
+from flep_fl.data_security.denoise.inference import haar_noise
 from flep_fl.data_security.denoise.zoo import find_card
 from flep_fl.data_security.metrics import psnr, ssim
 from flep_fl.data_security.noise import NOISE_FAMILIES, TABLE_SIZE
@@ -28,6 +28,7 @@ GreyImage = NDArray[np.uint8]
 FloatImage = NDArray[np.float32]
 
 _PLOTTED = 4
+_WARM_UP = 512
 """Images in the picture."""
 
 
@@ -127,7 +128,7 @@ def evaluate_denoiser(
         denoise = told or _denoiser(task, ResidualNoise(std=estimate or 0.0))
         if index == 0:
             # The first call of a process pays for PyTorch's start, the first of a size for its memory.
-            denoise(noisy[None, :DEFAULT_TILE, :DEFAULT_TILE])
+            denoise(noisy[None, :_WARM_UP, :_WARM_UP])
         started = time.perf_counter()
         clean = denoise(noisy[None])[0]
         elapsed = time.perf_counter() - started

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from flep_fl.contracts.errors import ConfigError, ImageFormatError
+from flep_fl.contracts.memory import keep_freed_memory
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
 from flep_fl.data_security.denoise.network import DnCNN, fold_batch_norm
@@ -18,8 +19,9 @@ from flep_fl.data_security.noise import TABLE_SIZE, real_table
 
 FloatImages = NDArray[np.float32]
 
-DEFAULT_TILE = 512
-"""Side of a tile; an image up to this size is denoised whole."""
+DEFAULT_TILE = 320
+"""Longest side of a tile's feature maps; an image up to this size (twice that with a pixel-unshuffle by 2)
+is denoised whole. 64 maps in bfloat16 stay below 15 MB, which the process keeps for the next layer."""
 
 DEFAULT_PIXELS = 1 << 16
 """Pixels that go through the network at once: a layer of 64 maps takes 256 bytes a pixel in float32, and a
@@ -35,9 +37,12 @@ class _Span:
     write: slice
 
 
-def _spans(length: int, tile: int, overlap: int) -> Iterator[_Span]:
-    for start in range(0, length, tile):
-        stop = min(start + tile, length)
+def _spans(length: int, tile: int, overlap: int, multiple: int) -> Iterator[_Span]:
+    # Equal parts: a narrow last one would be mostly border.
+    parts = -(-length // tile)
+    size = -(-length // (parts * multiple)) * multiple
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         low, high = max(start - overlap, 0), min(stop + overlap, length)
         yield _Span(slice(low, high), slice(start - low, stop - low), slice(start, stop))
 
@@ -50,7 +55,7 @@ def network_denoiser(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     threads: int | None = None,
-    tile: int = DEFAULT_TILE,
+    tile: int | None = None,
     pixels: int = DEFAULT_PIXELS,
 ) -> Denoise:
     """Wrap a network as a :data:`~flep_fl.contracts.ports.Denoise` function.
@@ -71,10 +76,13 @@ def network_denoiser(
     threads
         Threads of PyTorch during a call, set back after it; None leaves the process's setting alone.
     tile
-        Larger images are cut in squares of this side, each read with a border of the receptive
-        field's reach: the result is that of the whole image.
+        Larger images are cut in equal parts of at most this side, each read with a border of the receptive
+        field's reach: the result is that of the whole image. None: :data:`DEFAULT_TILE` times ``unshuffle``.
     pixels
         Upper limit of pixels in one pass through the network (at least one image or tile).
+
+    From the first call on the process keeps some freed memory
+    (:func:`~flep_fl.contracts.memory.keep_freed_memory`).
 
     Returns
     -------
@@ -86,7 +94,8 @@ def network_denoiser(
         raise ConfigError("The denoiser needs a thread", expected="threads >= 1", found=threads)
     place = select_device(device)
     kind = select_dtype(place) if dtype is None else dtype
-    reach = model.reach
+    reach, multiple = model.reach, model.unshuffle
+    side = DEFAULT_TILE * multiple if tile is None else tile
     network = fold_batch_norm(model).to(device=place, dtype=kind, memory_format=torch.channels_last)  # type: ignore[call-overload]
     predict: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = network.noise
     factor = gain / 255.0
@@ -104,8 +113,8 @@ def network_denoiser(
     def denoise(images: FloatImages) -> FloatImages:
         check_images(images)
         result = np.empty(images.shape, dtype=np.float32)
-        for rows in _spans(images.shape[1], tile, reach):
-            for columns in _spans(images.shape[2], tile, reach):
+        for rows in _spans(images.shape[1], side, reach, multiple):
+            for columns in _spans(images.shape[2], side, reach, multiple):
                 area = (rows.read.stop - rows.read.start) * (columns.read.stop - columns.read.start)
                 step = max(1, pixels // area)
                 for start in range(0, images.shape[0], step):
@@ -115,6 +124,7 @@ def network_denoiser(
         return result
 
     def call(images: FloatImages) -> FloatImages:
+        keep_freed_memory()
         before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)

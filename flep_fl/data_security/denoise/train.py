@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flep_fl.contracts.errors import ConfigError, DenoiserError
 from flep_fl.contracts.files import read_bytes, write_atomic
+from flep_fl.contracts.memory import keep_freed_memory
 from flep_fl.contracts.ports import Denoise
 from flep_fl.data_security.denoise.capability import select_device, select_dtype
 from flep_fl.data_security.denoise.card import ModelCard, checksum, deserialise, parse_card, serialise
@@ -66,6 +67,7 @@ def train_denoiser(settings: TrainSettings) -> ModelCard:
     settings.check()
     _check_writable(settings.out)
     device = select_device(settings.device)
+    keep_freed_memory()
     pictures = load_folder(settings.images, seed=settings.seed)
     held_out = load_folder(settings.validation) if settings.validation is not None else []
     sampler = CropSampler(pictures, settings, device)

@@ -34,9 +34,13 @@ def _cipher(noise: NoiseParameters, **parameters: object) -> ThreeLayerCipher:
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
-    """Two windows of scikit-image's camera, one of them with the black coat."""
+    """Two windows of scikit-image's camera, one of them with the black coat; twenty times each.
+
+    Every copy gets noise of its own. One draw of Laplacian or Rayleigh noise wins 0.15 dB with a standard
+    deviation of 0.05 over the Gaussian network: the mean of twenty stands four errors above 0.1.
+    """
     camera = samples.camera()
-    return np.stack([camera[100:180, 200:280], camera[200:280, 120:200]])
+    return np.stack([camera[100:180, 200:280], camera[200:280, 120:200]] * 20)
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: noise.family)
@@ -49,8 +53,7 @@ def test_a_round_trip_beats_both_alternatives(images, noise):
         for way in (None, load_denoiser("fast", deviation), denoiser_for("fast", residual_noise(cipher)))
     )
     assert restored > as_it_is + 3
-    # Laplacian and Rayleigh noise are nearly Gaussian in the image: one draw wins 0.04 to 0.19 dB (measured).
-    assert restored > blindly + (0.03 if noise.family in {"laplacian", "rayleigh"} else 0.1)
+    assert restored > blindly + 0.1
 
 
 def test_what_the_cipher_says_of_its_noise():
