@@ -65,7 +65,7 @@ def restore_split(
     """Decrypt and restore all images of a split; nothing is written anywhere.
 
     Images are restored and denoised at the size at which they were sealed and reduced only then: noise that
-    was added before a reduction costs the classifier almost nothing.
+    was added before a reduction costs the classifier less than noise added after it.
 
     Parameters
     ----------

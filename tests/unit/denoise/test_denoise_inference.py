@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flep_fl.contracts.errors import ConfigError, ImageFormatError
 from flep_fl.data_security.denoise.capability import cpu_has_bfloat16, select_device, select_dtype
-from flep_fl.data_security.denoise.inference import network_denoiser
+from flep_fl.data_security.denoise.inference import _spans, network_denoiser
 from flep_fl.data_security.denoise.network import DnCNN
 from flep_fl.data_security.metrics import psnr
 
@@ -42,6 +44,27 @@ def test_tiles_give_the_whole_image(model, tile):
     whole = network_denoiser(model, device="cpu", dtype=torch.float32)(images)
     tiled = network_denoiser(model, device="cpu", dtype=torch.float32, tile=tile)(images)
     np.testing.assert_allclose(tiled, whole, atol=1e-3)
+
+
+@given(
+    length=st.integers(1, 1200),
+    tile=st.integers(1, 640),
+    overlap=st.integers(0, 20),
+    multiple=st.sampled_from([1, 2]),
+)
+def test_tiles_cover_an_axis_once_and_see_their_surroundings(length, tile, overlap, multiple):
+    align = 16 * multiple
+    spans = list(_spans(length, tile, overlap * multiple, multiple, align))
+    written = [place for span in spans for place in range(length)[span.write]]
+    assert written == list(range(length))
+    for span in spans:
+        assert range(length)[span.read][span.keep] == range(length)[span.write]
+        assert span.read.start % multiple == 0
+        assert span.read.start <= max(span.write.start - overlap * multiple, 0)
+        assert span.read.stop >= min(span.write.stop + overlap * multiple, length)
+        width = span.read.stop - span.read.start
+        # An odd width is padded before the pixel-unshuffle; only a part that sees the whole axis is not aligned.
+        assert -(-width // multiple) % 16 == 0 or width == length
 
 
 def test_small_batches_give_the_same(model):
