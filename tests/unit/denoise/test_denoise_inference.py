@@ -63,7 +63,7 @@ def test_tiles_cover_an_axis_once_and_see_their_surroundings(length, tile, overl
         assert span.read.start <= max(span.write.start - overlap * multiple, 0)
         assert span.read.stop >= min(span.write.stop + overlap * multiple, length)
         width = span.read.stop - span.read.start
-        # An odd width is padded before the pixel-unshuffle; only a part that sees the whole axis is not aligned.
+        # An odd width is padded before the pixel-unshuffle; a part that sees the whole axis is not aligned.
         assert -(-width // multiple) % 16 == 0 or width == length
 
 
