@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.reporting.sample_images import named_images
 
     if options.plot:
-        require_plotting()
+        require_plotting("plot=false")
     noise = noise_parameters(shared)
     images = named_images(Path(options.images) if options.images else None, side=options.image_size)
     progress = Progress("denoise")

@@ -31,15 +31,20 @@ MAX_ROWS = 6
 _PANEL = 2.6
 
 
-def require_plotting() -> None:
+def require_plotting(without: str = "figures=false") -> None:
     """Refuse to go on without matplotlib, before hours have gone into measuring.
+
+    Parameters
+    ----------
+    without
+        The setting that does without, for the error.
 
     Raises
     ------
     MissingExtraError
         Naming the extra that brings it.
     """
-    _figure_class()
+    _figure_class(without)
 
 
 def draw_cipher_figures(
@@ -181,13 +186,13 @@ def _file_name(name: str) -> str:
     return f"image_{kept}"
 
 
-def _figure_class() -> type[Figure]:
+def _figure_class(without: str = "figures=false") -> type[Figure]:
     try:
         # The class, not pyplot: no global state, no display.
         from matplotlib.figure import Figure as FigureClass
     except ImportError as exc:
         raise MissingExtraError(
             "Figures need matplotlib, which is not installed",
-            remedy="Run: pip install -e '.[plot]', or set figures=false",
+            remedy=f"Run: pip install -e '.[plot]', or set {without}",
         ) from exc
     return FigureClass

@@ -133,6 +133,22 @@ def test_mistakes_get_one_line(tmp_path, arguments, message):
     assert answer.stderr.count("\n") == 1
 
 
+def test_a_plot_without_matplotlib_names_the_extra_and_the_setting(tmp_path):
+    code = (
+        "import sys; sys.modules['matplotlib.figure'] = None\n"
+        "import scripts.evaluate_denoiser as script; script.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"hydra.run.dir={tmp_path}/run", "plot=true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "pip install -e '.[plot]', or set plot=false" in done.stderr
+
+
 def test_help_does_without_pytorch():
     code = (
         "import sys; sys.argv = ['x', '--help']; import scripts.evaluate_denoiser as script\n"
