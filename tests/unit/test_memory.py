@@ -52,9 +52,9 @@ def test_a_repeated_call_needs_no_new_pages():
     assert kept
     assert faults < 500
     # glibc's first values, set by the user: they are left alone, and every layer pays.
-    kept, faults = _faults(MALLOC_TRIM_THRESHOLD_="131072")
+    kept, paid = _faults(MALLOC_TRIM_THRESHOLD_="131072")
     assert not kept
-    assert faults > 5000
+    assert paid > 20 + 5 * faults  # tens of thousands, or tens where the kernel gives huge pages
 
 
 @pytest.mark.parametrize("trouble", [OSError, TypeError, AttributeError])
