@@ -83,7 +83,7 @@ def main(cfg: DictConfig) -> None:
     from flep_fl.reporting.sample_images import named_images
 
     if options.figures:
-        require_plotting()
+        require_plotting("figures=false")
     progress = Progress("evaluate")
     images = named_images(Path(options.images) if options.images else None, side=options.image_size)
     subject = subject_of(cipher_parameters(shared), noise_parameters(shared))

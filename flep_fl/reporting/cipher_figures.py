@@ -31,7 +31,7 @@ MAX_ROWS = 6
 _PANEL = 2.6
 
 
-def require_plotting(without: str = "figures=false") -> None:
+def require_plotting(without: str) -> None:
     """Refuse to go on without matplotlib, before hours have gone into measuring.
 
     Parameters

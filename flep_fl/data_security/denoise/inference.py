@@ -92,7 +92,7 @@ def network_denoiser(
     pixels
         Upper limit of pixels in one pass through the network (at least one image or tile).
 
-    From the first call on the process keeps some freed memory
+    From then on the process keeps some freed memory
     (:func:`~flep_fl.contracts.memory.keep_freed_memory`).
 
     Returns
@@ -103,6 +103,7 @@ def network_denoiser(
     """
     if threads is not None and threads < 1:
         raise ConfigError("The denoiser needs a thread", expected="threads >= 1", found=threads)
+    keep_freed_memory()
     place = select_device(device)
     kind = select_dtype(place) if dtype is None else dtype
     reach, multiple = model.reach, model.unshuffle
@@ -135,7 +136,6 @@ def network_denoiser(
         return result
 
     def call(images: FloatImages) -> FloatImages:
-        keep_freed_memory()
         before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
